@@ -1,0 +1,7 @@
+"""`python -m worldloop` is `worldloop`."""
+
+import sys
+
+from worldloop.cli import main
+
+sys.exit(main())

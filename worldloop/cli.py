@@ -1,0 +1,139 @@
+"""The command line: `worldloop VERB [options]`.
+
+A verb is a name and a lazy "module:function"; nothing heavy is imported before the
+verb is known.  Each function takes the remaining arguments and returns an exit code.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import TypeVar, cast
+
+from worldloop import __version__
+from worldloop.errors import UserError
+from worldloop.registry import load
+
+T = TypeVar("T")
+
+VERBS: dict[str, tuple[str, str]] = {
+    "collect": ("worldloop.rl.collect:main", "collect episodes in a simulator"),
+    "data": ("worldloop.training.data:main", "show, check and prepare datasets"),
+    "train autoencoder": ("worldloop.training.autoencoder:main", "fit the frame autoencoder"),
+    "train world-model": ("worldloop.training.world_model:main", "fit the world model"),
+    "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
+    "demo": ("worldloop.rl.demo:main", "imagine held-out real episodes and write a report"),
+    "version": ("worldloop.cli:version", "print the versions that matter"),
+}
+
+# What to install when a verb needs a library of an extra.
+EXTRAS = {
+    "mani_skill": "sim", "sapien": "sim", "libero": "libero", "robosuite": "libero",
+    "fastapi": "serve", "uvicorn": "serve", "msgpack": "serve", "prometheus_client": "serve",
+    "triton": "gpu", "huggingface_hub": "hub", "diffusers": "dev", "transformers": "dev",
+}  # fmt: skip
+
+
+def usage() -> str:
+    """The help text: every verb with one line."""
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{width}}{line}" for verb, (_, line) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: worldloop VERB [options]",
+            "",
+            "Reinforcement learning of robot policies inside a video world model.",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            "`worldloop VERB --help` shows the options of one verb.",
+            "WORLDLOOP_TRACEBACK=1 shows where an error comes from.",
+        ]
+    )
+
+
+def find_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb at the front of `argv` (the longest that fits) and what follows it."""
+    for length in (2, 1):
+        verb = " ".join(argv[:length])
+        if len(argv) >= length and verb in VERBS:
+            return verb, list(argv[length:])
+    words = " ".join(argv[:1])
+    members = [verb for verb in VERBS if verb.startswith(words + " ")]
+    if members:
+        raise UserError(f"`{words}` needs one more word: {', '.join(members)}")
+    raise UserError(f"unknown verb {words!r}; verbs: {', '.join(VERBS)}")
+
+
+def parse_config(
+    presets: type[T] | Mapping[str, tuple[str, T]], argv: Sequence[str], prog: str
+) -> T:
+    """Parse `argv` with tyro into a config dataclass, or into one of its named presets.
+
+    A preset table is {name: (description, config)}; the name is then the first argument.
+    """
+    import tyro
+
+    if isinstance(presets, Mapping):
+        table = {name: (text, config) for name, (text, config) in presets.items()}
+        return tyro.extras.overridable_config_cli(table, prog=prog, args=list(argv))
+    return tyro.cli(presets, prog=prog, args=list(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; bad input gives one line on stderr and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        args[0] = "version"
+    try:
+        verb, rest = find_verb(args)
+        function = cast(Callable[[list[str]], int], load(VERBS[verb][0]))
+        return function(rest)
+    except KeyboardInterrupt:
+        print("worldloop: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 141
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        message = _one_line(error)
+        if message is None or os.environ.get("WORLDLOOP_TRACEBACK") == "1":
+            raise
+        print(f"worldloop: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str | None:
+    """What a user should read, or None where only a traceback helps."""
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            return None
+        extra = EXTRAS[library]
+        return f"this needs {library}, which is not installed; pip install 'worldloop[{extra}]'"
+    message = str(error)
+    if isinstance(error, UserError):
+        return " ".join(message.split())
+    return message if message and "\n" not in message else None
+
+
+def version(argv: Sequence[str]) -> int:
+    """Print the versions of worldloop, Python and the libraries that matter."""
+    if argv:
+        raise UserError(f"version: unexpected argument {argv[0]!r}")
+    print(f"worldloop {__version__}")
+    print(f"python {sys.version.split()[0]}")
+    for name in ("torch", "triton", "numpy", "safetensors", "av", "mani_skill"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} not installed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

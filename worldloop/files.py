@@ -1,0 +1,73 @@
+"""Writing files so that a killed process or a full disk leaves nothing half-written."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from worldloop.errors import UserError
+
+PathLike = str | os.PathLike[str]
+
+
+def fsync_path(path: PathLike) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(path: PathLike, error: BaseException) -> UserError | None:
+    """The clear error for a disk that is full or not writable, or None for anything else."""
+    code = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if code in (errno.ENOSPC, errno.EDQUOT) or "code: 28," in text or "os error 28" in text:
+        return UserError(f"{path}: the disk is full; free some space or choose another folder")
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{path}: not writable; choose another folder or change its permissions")
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{path}: a file stands where a folder is needed; choose another name")
+    return None
+
+
+@contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """A temporary path in the same folder that is renamed to `path` on success.
+
+    On any error the temporary file is removed and an earlier `path` stays as it was.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, final)
+        fsync_path(final.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True) if final.parent.is_dir() else None
+        clear = disk_error(final, error)
+        if clear is not None:
+            raise clear from error
+        raise
+
+
+def atomic_write_bytes(path: PathLike, data: bytes) -> None:
+    """Write `data` to `path`: afterwards the file is whole, old or new."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: PathLike, text: str) -> None:
+    """Write `text` as UTF-8 to `path`: afterwards the file is whole, old or new."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def file_sha256(path: PathLike) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
