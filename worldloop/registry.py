@@ -1,4 +1,4 @@
-"""Lazy tables: a name stands for "module:Class" and is imported on first use.
+"""Lazy tables: a name stands for "module:Class" and is imported on first use::
 
     BACKENDS = Table("backend", {"eager": "worldloop.engine.backends.eager:Eager"})
     resolve(BACKENDS, "eager")              # imports and returns the class

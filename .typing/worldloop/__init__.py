@@ -1,0 +1,1 @@
+../../worldloop/__init__.py

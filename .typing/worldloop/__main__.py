@@ -1,0 +1,1 @@
+../../worldloop/__main__.py

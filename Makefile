@@ -1,0 +1,52 @@
+# Each target does its own set-up; set-up on a ready machine takes a second.
+#   make demo        imagine held-out real episodes, report in runs/demo
+#   make test        lint, types, tests, wheel install
+#   make setup-sim   the ManiSkill simulator with its software renderer
+#   make gpu         GPU tests and benchmarks, one folder: runs/gpu
+# PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... goes to pytest.
+
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+RUNS   ?= runs
+
+.PHONY: setup setup-sim demo test lint typing gpu clean
+.DEFAULT_GOAL := test
+
+setup:
+	@VENV=$(VENV) scripts/setup.sh
+
+setup-sim: setup
+	@VENV=$(VENV) scripts/setup_sim.sh
+
+demo: setup
+	$(BIN)/worldloop demo
+
+test: setup lint
+	$(BIN)/pytest $(ARGS)
+
+lint: setup typing
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# .typing/worldloop mirrors the installed layout for type checkers and editors.
+typing:
+	@scripts/typing_links.sh
+
+gpu: setup
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  'make gpu: torch %s sees no CUDA device; run this on a GPU machine' % torch.__version__)"
+	@mkdir -p $(RUNS)/gpu
+	@nvidia-smi > $(RUNS)/gpu/machine.txt 2>&1 || true
+	$(BIN)/pytest -m gpu --junitxml=$(RUNS)/gpu/tests.xml; code=$$?; \
+	  if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; fi
+	@for bench in bench/[a-z]*.py; do \
+	  grep -q '^def main' $$bench || continue; \
+	  name=$$(basename $$bench .py); echo "bench $$name"; \
+	  $(BIN)/python -m worldloop.bench.$$name --out $(RUNS)/gpu || exit 1; \
+	done
+	@echo "results: $(RUNS)/gpu"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
