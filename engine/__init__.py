@@ -1,0 +1,4 @@
+"""Whatever acts: collection, rollouts in imagination, GRPO, evaluation."""
+
+if not __name__.startswith("worldloop."):
+    raise ImportError("import this package as `worldloop.engine` (pip install -e . maps the folder engine/)")
