@@ -1,4 +1,4 @@
 """Whatever acts: collection, rollouts in imagination, GRPO, evaluation."""
 
 if not __name__.startswith("worldloop."):
-    raise ImportError("import this package as `worldloop.rl` (pip install -e . maps the folder rl/)")
+    raise ImportError("import this package as `worldloop.rl` (`make setup` installs it)")
