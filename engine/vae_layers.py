@@ -46,11 +46,17 @@ def _tail(x_BCTHW: Tensor, n: int) -> Tensor:
 
 
 def _to_pictures(x_BCTHW: Tensor) -> Tensor:
-    return x_BCTHW.transpose(1, 2).flatten(0, 1)
+    x_MCHW: Tensor = x_BCTHW.transpose(1, 2).flatten(0, 1)
+    return x_MCHW
 
 
 def _to_clips(x_MCHW: Tensor, like_BCTHW: Tensor) -> Tensor:
-    return x_MCHW.unflatten(0, (like_BCTHW.shape[0], like_BCTHW.shape[2])).transpose(1, 2)
+    if like_BCTHW.shape[2] == 1:
+        # A view would leave the stride of a dimension of size 1 open, and concatenation would
+        # then not recognise (and not keep) channels-last order.
+        return x_MCHW.unsqueeze(2)
+    x_BTCHW: Tensor = x_MCHW.unflatten(0, (like_BCTHW.shape[0], like_BCTHW.shape[2]))
+    return x_BTCHW.transpose(1, 2)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -65,14 +71,16 @@ class CausalConv3d(nn.Conv3d):
             # One frame with only zeros before it: two of the three temporal taps do no work.
             # The history has its full length from now on, so that clips of any age share a batch.
             tape.new.append(torch.cat([torch.zeros_like(x), x], dim=2))
-            return self._conv_forward(x, self.weight[:, :, -1:], self.bias)
+            y: Tensor = self._conv_forward(x, self.weight[:, :, -1:], self.bias)
+            return y
         n = max(0, min(need, x.shape[2]))
         seen = x if x.shape[2] >= n + HISTORY else torch.cat([history, x], dim=2)
         # clone: a view would keep the whole pass in memory.
         tape.new.append(_tail(seen, HISTORY).clone())
         if n == 0:
             return x.new_empty(x.shape[0], self.out_channels, 0, *x.shape[3:])
-        return self._conv_forward(_tail(seen, n + HISTORY), self.weight, self.bias)
+        y = self._conv_forward(_tail(seen, n + HISTORY), self.weight, self.bias)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +93,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        y = x.float() * (self.scale / length.clamp_min(1e-12)) * self.gamma.float()
+        y: Tensor = x.float() * (self.scale / length.clamp_min(1e-12)) * self.gamma.float()
         return y.to(x.dtype)
 
 
@@ -110,7 +118,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, tape: Tape, need: int = ALL) -> Tensor:
         norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), tape, need + HISTORY)
+        y: Tensor = conv1(silu(norm1(x)), tape, need + HISTORY)
         y = conv2(silu(norm2(y)), tape, need)
         if y.shape[2] == 0:
             return y
@@ -177,11 +185,12 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, tape: Tape, need: int = ALL) -> Tensor:
         if self.time_conv is not None and tape.take() is None:
             # The first latent frame is not doubled, and later ones do not see it here.
-            tape.new.append(torch.zeros_like(x).repeat(1, 1, HISTORY, 1, 1))
+            tape.new.append(torch.cat([torch.zeros_like(x)] * HISTORY, dim=2))
         elif self.time_conv is not None:
             y: Tensor = self.time_conv(x, tape, (need + 1) // 2)
-            # Channel c of output 2t is channel c of y at t, of output 2t+1 channel C+c.
-            x = y.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            # Each frame holds two: the former half of the channels comes first. One
+            # concatenation, as a reshape would not keep channels-last order.
+            x = torch.cat([t for pair in y.split(1, dim=2) for t in pair.chunk(2, dim=1)], dim=2)
         x = _tail(x, need)
         if x.shape[2] == 0:
             return x
