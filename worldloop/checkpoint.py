@@ -51,10 +51,10 @@ _MAX_HEADER = 100 * 2**20
 def save_tensors(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to one safetensors file, atomically."""
     with atomic_path(path) as temporary:
-        _write_safetensors(temporary, tensors)
+        _write_safetensors(temporary, tensors, Path(path))
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown: Path) -> None:
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -67,7 +67,8 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        raise disk_error(path, error) or UserError(f"{path}: cannot be written: {error}") from error
+        clear = disk_error(shown, error)
+        raise clear or UserError(f"{shown}: cannot be written: {error}") from error
 
 
 def load_tensors(path: PathLike, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -264,7 +265,7 @@ def save_training_state(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_safetensors(temporary / "state.safetensors", tensors)
+        _write_safetensors(temporary / "state.safetensors", tensors, final)
         (temporary / "meta.json").write_text(json.dumps(document), encoding="utf-8")
         for path in (temporary / "state.safetensors", temporary / "meta.json", temporary):
             fsync_path(path)

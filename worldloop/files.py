@@ -49,7 +49,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         os.replace(temporary, final)
         fsync_path(final.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True) if final.parent.is_dir() else None
+        if final.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         clear = disk_error(final, error)
         if clear is not None:
             raise clear from error
