@@ -71,6 +71,10 @@ class DiT(nn.Module):
             hidden = config.mlp_ratio * D
             self.action_embedder_B_D = ActionMLP(config.action_features, hidden, D)
             self.action_embedder_B_3D = ActionMLP(config.action_features, hidden, 3 * D)
+        if config.context_proj_dim:
+            self.crossattn_proj = nn.Sequential(
+                nn.Linear(config.context_proj_dim, config.context_dim), nn.GELU()
+            )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.init_weights()
@@ -90,12 +94,13 @@ class DiT(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         modulations = [m for name, m in self.named_modules() if "adaln" in name.split(".")[-1]]
-        zeroed = [m[-1].weight for m in modulations if isinstance(m, nn.Sequential)]
-        zeroed += [self.t_embedder[1].linear_2.weight, self.final_layer.linear.weight]
+        zeroed = [m[-1] for m in modulations if isinstance(m, nn.Sequential)]
+        zeroed += [self.get_submodule("t_embedder.1.linear_2"), self.final_layer.linear]
         if self.config.action_dim:
-            zeroed.append(self.action_embedder_B_3D.fc2.weight)
-        for weight in zeroed:
-            nn.init.zeros_(weight)
+            zeroed.append(self.action_embedder_B_3D.fc2)
+        for linear in zeroed:
+            assert isinstance(linear, nn.Linear)
+            nn.init.zeros_(linear.weight)
         if self.config.learned_positions is not None:
             nn.init.normal_(self.learned_positions, std=0.02)
 
@@ -128,9 +133,9 @@ class DiT(nn.Module):
             each of the F - observed_frames last frames. None: a zero embedding (observed frames).
         observed_frames: leading frames of this call without actions (`per_frame` only).
         condition_mask_B1FHW, padding_mask [B|1,1,any,any] (resized, nearest): None means zeros.
-        context: text states [B,L,context_dim]. None is the published all-zero text: without biases
-            its values are 0, so cross-attention is skipped, exactly; `skip_null_context=False`
-            computes it all the same.
+        context: text states [B|1,L,context_dim], or [B|1,L,context_proj_dim] before projection.
+            None is the published all-zero text: without biases its values are 0, so cross-attention
+            is skipped, exactly; `skip_null_context=False` computes it all the same.
         first_frame: absolute latent-frame index of the first frame (temporal RoPE), or the [F]
             long tensor of all indices, which keeps one graph for every position.
         history: one (k, v) per block, each [B,M,h,K], as returned in `kv`; gradients flow through.
@@ -149,10 +154,7 @@ class DiT(nn.Module):
             timesteps_BF, actions_BTA, frames, observed_frames
         )
         rope = self._rope(first_frame, frames, grid_h, grid_w, x_BFSD.device)
-        if context is None and config.context_dim and not skip_null_context:
-            context = x_BFSD.new_zeros(B, NULL_CONTEXT_TOKENS, config.context_dim)
-        if context is not None:
-            context = context.to(x_BFSD.dtype)
+        context = self._context(context, B, skip_null_context)
 
         kv: list[KV] = []
         for i, block in enumerate(self.blocks):
@@ -185,6 +187,19 @@ class DiT(nn.Module):
             resized = F.interpolate(padding_mask.to(self.dtype), size=(H, W), mode="nearest")
             channels.append(resized[:, :, None].expand(B, 1, frames, H, W))
         return torch.cat(channels, dim=1)
+
+    def _context(self, context: Tensor | None, rows: int, skip_null: bool) -> Tensor | None:
+        """Text states [B,L,context_dim] for cross-attention, or None to leave it out."""
+        config = self.config
+        if context is None:
+            if skip_null or not config.context_dim:
+                return None
+            shape = (rows, NULL_CONTEXT_TOKENS, config.context_dim)
+            return self.t_embedding_norm.weight.new_zeros(shape)
+        context = context.to(self.dtype)
+        if context.shape[-1] == config.context_proj_dim:
+            context = self.crossattn_proj(context)
+        return context.expand(rows, -1, -1)
 
     def _embed_noise_and_actions(
         self, timesteps_BF: Tensor, actions_BTA: Tensor | None, frames: int, observed: int
@@ -272,7 +287,12 @@ class DiT(nn.Module):
         if context is not None:
             if not config.context_dim:
                 raise UserError("context: this model has no cross-attention; pass None")
-            _require_shape("context", context, (B, context.shape[1], config.context_dim))
+            features = [n for n in (config.context_dim, config.context_proj_dim) if n]
+            tokens = context.shape[1]
+            _require_shape("context", context, *[(b, tokens, n) for b in (B, 1) for n in features])
+        elif config.context_proj_dim:
+            # The projection has a bias, so no text is not zero and cannot be skipped.
+            raise UserError("context is None; this model needs the embedding of its (empty) text")
 
     def flops(self, frames: int, height: int, width: int, history_tokens: int = 0) -> int:
         """FLOPs of one row's pass over latents [C,frames,height,width]: `DiTConfig.flops`."""

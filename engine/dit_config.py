@@ -20,6 +20,7 @@ class DiTConfig:
     mlp_ratio: int = 4
     adaln_rank: int = 256
     context_dim: int = 1024  # 0: built without cross-attention
+    context_proj_dim: int = 0  # [P25]: text states of this width are projected to context_dim
     condition_channel: bool = True  # input channel: 1 where a latent frame is given
     padding_channel: bool = True  # input channel: 1 where pixels are padding
     rope_ratio_hwt: tuple[float, float, float] = (3.0, 3.0, 1.0)
@@ -71,7 +72,10 @@ class DiTConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"DiTConfig has no field {', '.join(unknown)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**plain)
 
     def flops(
         self,

@@ -1,0 +1,1 @@
+"""Foreign checkpoints, one file each: key maps in both directions, strict loading."""
