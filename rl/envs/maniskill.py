@@ -1,0 +1,210 @@
+"""ManiSkill3 table-top tasks: state to script from, one RGB view to learn from.
+
+The simulator is imported when an environment is made, nowhere else. Cameras are ours: with the
+default ones a 4 cm cube is 4-6 pixels wide at 128x128, too few to judge an outcome from.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CameraPreset:
+    """A fixed third-person camera; metres in the world frame (robot base at x = -0.615)."""
+
+    name: str
+    eye: tuple[float, float, float]
+    target: tuple[float, float, float]
+    fov: float  # vertical field of view, radians
+
+
+@dataclass(frozen=True)
+class TaskPreset:
+    """One task: its environment, what is told to the policy, which actors are tracked."""
+
+    env_id: str
+    instruction: str
+    camera: CameraPreset
+    objects: tuple[str, ...]  # attribute names on the environment; the first one is moved
+    goal: str | None = None
+    # The kind of pixels the first object consists of, for the detector in worldloop.metrics.
+    object_color: str = "blue"
+
+
+# From the side and above: pushes run across the picture and the hand never hides the object.
+SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
+PULL = CameraPreset("side_close_pull", (-0.07, 0.50, 0.62), (-0.07, 0.02, 0.02), 0.60)
+STACK = CameraPreset("side_stack", (0.0, 0.55, 0.50), (0.0, 0.02, 0.03), 0.62)
+
+TASKS: dict[str, TaskPreset] = {
+    "PushCube-v1": TaskPreset(
+        "PushCube-v1", "push the blue cube onto the target", SIDE, ("obj",), "goal_region"
+    ),
+    "PullCube-v1": TaskPreset(
+        "PullCube-v1", "pull the blue cube onto the target", PULL, ("obj",), "goal_region"
+    ),
+    "StackCube-v1": TaskPreset(
+        "StackCube-v1",
+        "stack the red cube on the green cube",
+        STACK,
+        ("cubeA", "cubeB"),
+        object_color="red",
+    ),
+    "LiftPegUpright-v1": TaskPreset(
+        "LiftPegUpright-v1", "stand the peg upright", STACK, ("peg",), object_color="blue"
+    ),
+}
+
+
+def task_preset(env_id: str) -> TaskPreset:
+    if env_id not in TASKS:
+        raise ValueError(f"unknown env {env_id!r}; known: {', '.join(TASKS)}")
+    return TASKS[env_id]
+
+
+def _find_software_vulkan() -> None:
+    """Point the Vulkan loader at lavapipe where the user has not chosen a driver."""
+    # A software renderer with a thread a core gets in its own way when several collect.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    if os.environ.get("VK_ICD_FILENAMES") or os.environ.get("VK_DRIVER_FILES"):
+        return
+    for folder in ("/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d"):
+        if not os.path.isdir(folder):
+            continue
+        names = sorted(os.listdir(folder))
+        if any("nvidia" in name for name in names):
+            return
+        for name in names:
+            if name.startswith("lvp_icd"):
+                os.environ["VK_ICD_FILENAMES"] = os.path.join(folder, name)
+                return
+
+
+def quat_to_rotvec(q_wxyz: npt.NDArray[Any]) -> Array:
+    """Rotation vector of the rotation that takes the gripper-down pose to ``q_wxyz``.
+
+    Gripper-down (quaternion 0 1 0 0) is the origin, so ordinary poses stay far from the
+    rotation vector's singularity at pi.
+    """
+    w, x, y, z = np.moveaxis(np.asarray(q_wxyz, np.float64), -1, 0)
+    # q * conj(q_down) with q_down = (0, 1, 0, 0)
+    rel = np.stack([x, -w, -z, y], -1)
+    rel *= np.where(rel[..., :1] < 0, -1.0, 1.0)
+    norm = np.linalg.norm(rel[..., 1:], axis=-1, keepdims=True)
+    angle = 2 * np.arctan2(norm, rel[..., :1])
+    scale = np.where(norm > 1e-9, angle / np.maximum(norm, 1e-9), 2.0)
+    return (rel[..., 1:] * scale).astype(np.float32)
+
+
+class ManiSkillEnv:
+    """One simulated episode at a time, on this CPU: reset, step, look.
+
+    Stepping does not render: a scripted attempt can be screened at state speed and only the kept
+    one be drawn, from its saved states (``snapshot`` / ``render_snapshot``).
+    """
+
+    def __init__(self, env_id: str, image_size: int = 128, camera: CameraPreset | None = None):
+        self.task = task_preset(env_id)
+        self.camera = camera or self.task.camera
+        self.image_size = image_size
+        _find_software_vulkan()
+        try:
+            import gymnasium as gym
+            import mani_skill.envs  # noqa: F401  (registers the tasks)
+            from mani_skill.utils import sapien_utils
+        except ImportError as error:
+            raise ImportError(
+                f"ManiSkill is not importable ({error}); install it with `make setup-sim`"
+            ) from error
+        try:
+            self._env = gym.make(
+                env_id,
+                obs_mode="none",
+                control_mode="pd_ee_delta_pose",
+                sim_backend="cpu",
+                render_backend="cpu",
+                robot_uids="panda",
+                sensor_configs={
+                    "base_camera": {
+                        "width": image_size,
+                        "height": image_size,
+                        "fov": self.camera.fov,
+                        "pose": sapien_utils.look_at(self.camera.eye, self.camera.target),
+                    }
+                },
+                max_episode_steps=100_000,
+            )
+            self._env.reset(seed=0)
+            self._sim = self._env.unwrapped
+            self._sensor = self._sim._sensors["base_camera"]
+            self.render()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"ManiSkill cannot render here ({error}); it needs a Vulkan driver with "
+                "descriptor indexing: `make setup-sim` installs Mesa's software one"
+            ) from error
+
+    def reset(self, seed: int) -> None:
+        self._env.reset(seed=seed)
+
+    def step(self, action: Array) -> bool:
+        """Apply one ``pd_ee_delta_pose`` action [7] in [-1,1]; return the success flag."""
+        info = self._env.step(np.asarray(action, np.float32))[-1]
+        return bool(info["success"].item())
+
+    def tcp(self) -> npt.NDArray[np.float64]:
+        """Tool centre point in the world: x y z and quaternion w x y z."""
+        return self._sim.agent.tcp.pose.raw_pose[0].numpy().astype(np.float64)
+
+    def state(self) -> Array:
+        """End-effector state [7]: position, rotation vector, gripper opening in [-1, 1]."""
+        pose = self.tcp()
+        opening = float(self._sim.agent.robot.get_qpos()[0, -2:].mean()) / 0.04
+        return np.concatenate(
+            [pose[:3], quat_to_rotvec(pose[3:]), [2 * opening - 1]], dtype=np.float32
+        )
+
+    def objects(self) -> Array:
+        """Poses [O,7] (x y z, w x y z) of the task's tracked objects."""
+        poses = [getattr(self._sim, name).pose.raw_pose[0].numpy() for name in self.task.objects]
+        return np.stack(poses).astype(np.float32)
+
+    def goal(self) -> Array | None:
+        if self.task.goal is None:
+            return None
+        return getattr(self._sim, self.task.goal).pose.p[0].numpy().astype(np.float32)
+
+    def project(self, points_O3: npt.NDArray[Any]) -> Array:
+        """Pixel coordinates [O,2] (column, row) of world points."""
+        params = self._sensor.get_params()
+        extrinsic = params["extrinsic_cv"][0].numpy()
+        intrinsic = params["intrinsic_cv"][0].numpy()
+        seen = points_O3 @ extrinsic[:, :3].T + extrinsic[:, 3]
+        pixel = seen @ intrinsic.T
+        return (pixel[:, :2] / pixel[:, 2:]).astype(np.float32)
+
+    def snapshot(self) -> Any:
+        return self._sim.get_state_dict()
+
+    def render_snapshot(self, snapshot: Any) -> npt.NDArray[np.uint8]:
+        self._sim.set_state_dict(snapshot)
+        return self.render()
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """The camera's RGB picture [H,W,3] of the present state."""
+        self._sim.scene.update_render()
+        self._sensor.capture()
+        picture = self._sensor.get_obs(rgb=True, depth=False, position=False, segmentation=False)
+        rgb: npt.NDArray[np.uint8] = picture["rgb"][0].numpy()
+        return rgb
+
+    def close(self) -> None:
+        self._env.close()

@@ -1,0 +1,141 @@
+"""What every trainer here does the same way: device, precision, schedule, EMA, resume.
+
+A batch depends only on (seed, step), so a resumed run sees the same batches as an unkilled one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from worldloop.checkpoint import load_training_state, save_training_state
+
+
+def device_for(name: str) -> torch.device:
+    """``auto`` takes the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run on this device's own units."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast for ``bf16``, or for ``auto`` where the machine has it; else fp32."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision is {precision!r}; expected auto, bf16 or fp32")
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def learning_rate(step: int, steps: int, base: float, warmup: int = 100) -> float:
+    """Warm-up, constant, then linear decay over the last 30 %: a run may be prolonged any time."""
+    decay = max(1.0, 0.3 * steps)
+    return base * min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay))
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, kept in fp32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {k: p.detach().clone().float() for k, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        # A short memory at first, or the random start would stay in the average for long.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        shadow = list(self.shadow.values())
+        torch._foreach_lerp_(shadow, [p.detach() for _, p in module.named_parameters()], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within the block, the module has the averaged weights."""
+        own = {k: p.detach().clone() for k, p in module.named_parameters()}
+        self._copy(module, self.shadow)
+        try:
+            yield
+        finally:
+            self._copy(module, own)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[name])
+
+
+class Workers:
+    """Data-parallel processes under torchrun (gloo on CPUs, nccl on GPUs); one otherwise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """One flat all-reduce of every gradient."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.size
+        offset = 0
+        for grad in grads:
+            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+            offset += grad.numel()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def save_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA, step: int) -> None:
+    """Everything that a resumed run needs, at step boundaries."""
+    state = {"model": module.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow}
+    save_training_state(folder, state, {"step": step})
+
+
+def load_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA) -> int:
+    """Restore the newest state; the step to go on from (0 where there is none)."""
+    found = load_training_state(folder)
+    if found is None:
+        return 0
+    state, meta = found
+    module.load_state_dict(state["model"])
+    opt.load_state_dict(state["optimizer"])
+    for name, value in state["ema"].items():
+        ema.shadow[name].copy_(value)
+    return int(meta["step"])
+
+
+class Clock:
+    """Seconds between calls, for rates."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds
