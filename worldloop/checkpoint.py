@@ -199,10 +199,13 @@ def save_checkpoint(
         "config": dict(config),
     }
     atomic_write_text(old, json.dumps(document, indent=2) + "\n")
-    for stale in keep - set(files.values()):
-        (target / stale).unlink(missing_ok=True)
-    for leftover in target.glob(".*.safetensors.*.tmp"):  # of a process killed while saving
-        leftover.unlink(missing_ok=True)
+    # What the old config.json named, and what a process killed in here has left.
+    ours = keep | {f"{part}{suffix}.safetensors" for part in parts for suffix in ("", "-new")}
+    for name in ours - set(files.values()):
+        (target / name).unlink(missing_ok=True)
+    for pattern in (".*.safetensors.*.tmp", f".{CONFIG}.*.tmp"):
+        for leftover in target.glob(pattern):
+            leftover.unlink(missing_ok=True)
     return target
 
 
