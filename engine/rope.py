@@ -27,6 +27,7 @@ def rope_table(
     def angles(positions: Tensor, dim: int, ratio: float) -> Tensor:
         exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
         theta = 10000.0 * ratio ** (dim / (dim - 2))
+        # A bf16 exponent makes torch round the base as well: 10000 becomes 9984, as published.
         frequencies = 1.0 / torch.pow(theta, exponents.to(rounded).to(working))
         return torch.outer(positions.to(working), frequencies).float()
 

@@ -55,7 +55,8 @@ def random_inputs(config: DiTConfig, B: int, frames: int, H: int, W: int, seed: 
 
 
 def relative_l2(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 # diffusers --------------------------------------------------------------------------------------
@@ -295,20 +296,19 @@ def run_in_blocks(dit: DiT, x, t, actions, blocks, positions_as_tensor=False):
 def test_cached_calls_equal_one_masked_computation(blocks, monkeypatch):
     dit = randomised(DiT(SMALL)).double().eval()
     x, t, actions = (a.double() for a in random_inputs(SMALL, 2, 5, 6, 4))
+    parameters = [p for name, p in dit.named_parameters() if "cross_attn" not in name]  # skipped
     cached = run_in_blocks(dit, x, t, actions, blocks)
-    cached_grads = torch.autograd.grad(
-        cached.square().sum(), list(dit.parameters()), allow_unused=True
-    )
+    cached_grads = torch.autograd.grad(cached.square().sum(), parameters)
     by_tensor = run_in_blocks(dit, x, t, actions, blocks, positions_as_tensor=True)
     assert torch.equal(cached, by_tensor)
 
     mask = block_causal_mask(blocks, tokens_per_frame=6)
     monkeypatch.setattr(dit_layers.F, "scaled_dot_product_attention", masked_attention(mask))
     full = dit(x, t, actions[:, 4 * blocks[0] :], observed_frames=blocks[0]).sample
-    full_grads = torch.autograd.grad(full.square().sum(), list(dit.parameters()), allow_unused=True)
+    full_grads = torch.autograd.grad(full.square().sum(), parameters)
     assert relative_l2(cached, full) < 1e-6
-    for a, b in zip(cached_grads, full_grads, strict=True):  # None: cross-attention, skipped
-        assert (a is None) == (b is None) and (a is None or relative_l2(a, b) < 1e-5)
+    for a, b in zip(cached_grads, full_grads, strict=True):
+        assert relative_l2(a, b) < 1e-5
 
 
 def test_rows_do_not_see_each_other():
@@ -342,7 +342,7 @@ def test_rope_angles_and_their_rounding(name):
     ]
     expected = []
     for position, dim, ratio in axes:
-        theta = 10000.0 * ratio ** (dim / (dim - 2))
+        theta = round_all(10000.0 * ratio ** (dim / (dim - 2)))
         for i in range(dim // 2):
             exponent = round_exponent(np.float32(2 * i / dim))
             frequency = round_all(1.0 / round_all(theta**exponent))
