@@ -92,11 +92,13 @@ def read_cosmos(path: Path) -> dict[str, object]:
     if not zipfile.is_zipfile(path):
         raise UserError("not a PyTorch checkpoint, or cut short; download it again")
     try:
-        # TransformerEngine stores empty byte buffers; they carry nothing executable.
-        with torch.serialization.safe_globals([io.BytesIO]):
+        # TransformerEngine stores byte buffers; they carry nothing executable.
+        with torch.serialization.safe_globals([io.BytesIO, bytes]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        # torch's message is a page on how to trust the file anyway; the cause follows this mark.
+        cause = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or repr(error)
+        reason = cause.splitlines()[0].split(". Please use")[0][:200]
         raise UserError(f"unreadable as a checkpoint of plain tensors ({reason})") from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError("holds no flat dictionary of named tensors")
