@@ -45,9 +45,10 @@ def _box_sums(weight_NHW: npt.NDArray[np.float32], radius: int) -> npt.NDArray[n
     padded = np.pad(weight_NHW, ((0, 0), (radius + 1, radius), (radius + 1, radius)))
     total = padded.cumsum(1, dtype=np.float64).cumsum(2)
     side = 2 * radius + 1
-    sums = total[:, side:, side:] - total[:, :-side, side:]
+    sums: npt.NDArray[np.float64] = total[:, side:, side:] - total[:, :-side, side:]
     sums += total[:, :-side, :-side] - total[:, side:, :-side]
-    return sums.astype(np.float32)
+    out: npt.NDArray[np.float32] = sums.astype(np.float32)
+    return out
 
 
 def locate_object(frames: Pictures, color: str = "blue") -> Float:
@@ -127,4 +128,5 @@ def object_within(
     counted = np.isfinite(true).all(-1)
     distance = np.linalg.norm(true - guess, axis=-1)
     distance = np.where(counted, np.where(np.isfinite(distance), distance, np.inf), np.nan)
-    return ObjectTrack(counted & (distance <= pixels), counted, distance, pixels)
+    within = np.asarray(counted & (distance <= pixels))
+    return ObjectTrack(within, np.asarray(counted), distance, pixels)

@@ -34,23 +34,22 @@ _KIND = "outcome-classifier"
 class OutcomeNet(nn.Module):
     """A small CNN from one RGB frame [N,3,H,W] in [0,1] to the logit of success [N].
 
-    The outcome is a matter of where things lie to each other (a cube within a disc), so features
-    are kept at 1/8 of the picture and pooled by maximum: one place that looks right is enough.
+    The outcome is a matter of where things lie to each other (a cube within a disc). Features see
+    73 pixels around each place and are pooled by maximum: one place that looks right is enough.
     """
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.width = width
-        w = width
+        self.width = w = width
         self.features = nn.Sequential(
             nn.Conv2d(3, w, 5, stride=2, padding=2), nn.ReLU(),
-            nn.Conv2d(w, w, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(w, w, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(w, w, 3, padding=1), nn.ReLU(),
             nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(4 * w, 4 * w, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(4 * w, 4 * w, 3, padding=2, dilation=2), nn.ReLU(),
         )  # fmt: skip
-        self.head = nn.Linear(4 * w, 1)
+        self.head = nn.Linear(8 * w, 1)
 
     def forward(self, pictures_N3HW: Tensor) -> Tensor:
         x = self.features(pictures_N3HW - 0.5)

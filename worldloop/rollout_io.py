@@ -1,0 +1,118 @@
+"""Rollouts on disk: one safetensors file with everything, and an mp4 of the first view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from worldloop.checkpoint import load_tensors, save_tensors
+from worldloop.config import read_json
+from worldloop.errors import UserError
+from worldloop.files import atomic_path, atomic_write_text
+from worldloop.types import Rollout
+
+_FORMAT = 1
+_REQUIRED = ("actions", "reward", "success", "valid", "seeds", "group_id", "start_pose")
+_OPTIONAL = ("frames", "action_tokens", "logprobs")
+
+
+def save_rollout(rollout: Rollout, folder: Path | str, fps: float = 20.0) -> Path:
+    """Write rollout.safetensors, rollout.json and, with frames, rollout.mp4 (a grid of rows).
+
+    Each file is replaced in one step. Returns the folder.
+    """
+    target = Path(folder)
+    arrays = {name: getattr(rollout, name) for name in (*_REQUIRED, *_OPTIONAL)}
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(value))
+        for name, value in arrays.items()
+        if value is not None
+    }
+    save_tensors(target / "rollout.safetensors", tensors)
+    document = {
+        "format": _FORMAT,
+        "instructions": list(rollout.instructions),
+        "policy_version": rollout.policy_version,
+        "timings": rollout.timings,
+        "fps": fps,
+    }
+    if rollout.frames is not None and rollout.frames.shape[1] > 1:
+        write_video(target / "rollout.mp4", _grid(rollout.frames[:, :, 0]), fps)
+    atomic_write_text(target / "rollout.json", json.dumps(document, indent=2) + "\n")
+    return target
+
+
+def load_rollout(folder: Path | str) -> Rollout:
+    """Read a folder written by `save_rollout`; raises UserError naming the file that is wrong."""
+    source = Path(folder)
+    document = read_json(source / "rollout.json")
+    if document.get("format") != _FORMAT:
+        raise UserError(
+            f"{source / 'rollout.json'}: format {document.get('format')!r}, this version reads "
+            f"{_FORMAT}; use the worldloop version that wrote it"
+        )
+    arrays: dict[str, Any] = {
+        name: tensor.numpy()
+        for name, tensor in load_tensors(source / "rollout.safetensors").items()
+    }
+    missing = [name for name in _REQUIRED if name not in arrays]
+    foreign = sorted(set(arrays) - {*_REQUIRED, *_OPTIONAL})
+    if missing or foreign:
+        raise UserError(
+            f"{source / 'rollout.safetensors'}: not a rollout (missing {missing}, "
+            f"unknown {foreign}); save it again"
+        )
+    return Rollout(
+        frames=arrays.pop("frames", None),
+        instructions=tuple(document["instructions"]),
+        policy_version=int(document["policy_version"]),
+        timings=dict(document["timings"]),
+        **arrays,
+    )
+
+
+def _grid(frames_BTHW3: npt.NDArray[np.uint8], most: int = 16) -> Iterable[npt.NDArray[np.uint8]]:
+    """The first ``most`` rows side by side, picture by picture [H',W',3]."""
+    rows = frames_BTHW3[:most]
+    B, T, H, W, _ = rows.shape
+    wide = int(np.ceil(np.sqrt(B)))
+    high = -(-B // wide)
+    for t in range(T):
+        canvas = np.zeros((high * H, wide * W, 3), np.uint8)
+        for b in range(B):
+            r, c = divmod(b, wide)
+            canvas[r * H : (r + 1) * H, c * W : (c + 1) * W] = rows[b, t]
+        yield canvas
+
+
+def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], fps: float) -> None:
+    """Write uint8 pictures [H,W,3] as H.264 yuv420p, which every browser plays; atomic.
+
+    Odd sides lose their last line, as 4:2:0 colour needs even ones.
+    """
+    rate = Fraction(fps).limit_denominator(1000)
+    with (
+        atomic_path(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream: Any = None
+        for picture in pictures:
+            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate)
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": "19", "preset": "veryfast", "x264-params": "threads=1"}
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise UserError(f"{path}: no pictures to write")
+        container.mux(stream.encode())
