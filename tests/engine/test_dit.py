@@ -1,8 +1,10 @@
-"""The transformer against diffusers, against masked attention, and against its published shapes."""
+"""The transformer against masked attention, independent arithmetic and its published shapes.
+
+Against diffusers: test_formats_diffusers.py.
+"""
 
 import dataclasses
 import math
-import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from worldloop.engine import dit_layers
 from worldloop.engine.dit import PRESETS, DiT, DiTConfig
-from worldloop.engine.formats.diffusers import config_to_diffusers, from_diffusers, to_diffusers
 from worldloop.engine.rope import rope_table
 from worldloop.errors import UserError
 
@@ -57,71 +58,6 @@ def random_inputs(config: DiTConfig, B: int, frames: int, H: int, W: int, seed: 
 def relative_l2(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
-
-
-# diffusers --------------------------------------------------------------------------------------
-
-
-def diffusers_twin(config: DiTConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[DiT, nn.Module]:
-    module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
-    # diffusers resizes the padding mask with torchvision, which need not be installed.
-    resize = lambda x, size, interpolation: nn.functional.interpolate(x, size, mode="nearest")  # noqa: E731
-    stand_in = types.SimpleNamespace(
-        functional=types.SimpleNamespace(resize=resize),
-        InterpolationMode=types.SimpleNamespace(NEAREST="nearest"),
-    )
-    monkeypatch.setattr(module, "transforms", stand_in, raising=False)
-    theirs = randomised(module.CosmosTransformer3DModel(**config_to_diffusers(config))).eval()
-    ours = DiT(config).eval()
-    ours.load_state_dict(from_diffusers(theirs.state_dict()), strict=True)
-    return ours, theirs
-
-
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        (SMALL, (2, 3, 8, 12)),
-        (dataclasses.replace(SMALL, heads=4, depth=2), (1, 1, 14, 6)),
-        (
-            dataclasses.replace(SMALL, width=128, heads=1, rope_ratio_hwt=(2, 2, 5 / 6)),
-            (1, 4, 4, 8),
-        ),
-        (dataclasses.replace(SMALL, condition_channel=False, context_proj_dim=40), (2, 2, 6, 6)),
-    ],
-)
-@pytest.mark.parametrize("per_frame", [False, True])
-def test_equals_diffusers(config, shape, per_frame, monkeypatch):
-    config = dataclasses.replace(config, action_dim=0)
-    ours, theirs = diffusers_twin(config, monkeypatch)
-    B, frames, H, W = shape
-    x, t, _ = random_inputs(config, B, frames, H, W)
-    condition = torch.zeros(B, 1, frames, H, W)
-    condition[:, :, 0] = 1
-    padding = (torch.rand(1, 1, 5 * H, 3 * W) > 0.5).float()
-    context = torch.randn(B, 9, config.context_proj_dim or config.context_dim)
-    mask = {"condition_mask_B1FHW": condition} if config.condition_channel else {}
-    t = t if per_frame else t[:, 0]
-    with torch.no_grad():
-        got = ours(x, t, padding_mask=padding, context=context, **mask).sample
-        expected = theirs(
-            hidden_states=x,
-            timestep=t.reshape(B, 1, frames, 1, 1) if per_frame else t,
-            encoder_hidden_states=context,
-            condition_mask=mask.get("condition_mask_B1FHW"),
-            padding_mask=padding,
-        ).sample
-    assert relative_l2(got, expected) <= 1e-5
-
-
-def test_diffusers_keys_both_ways():
-    state = DiT(dataclasses.replace(SMALL, action_dim=0)).state_dict()
-    there = to_diffusers(state)
-    assert "transformer_blocks.2.attn2.to_out.0.weight" in there
-    back = from_diffusers(there)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-    with pytest.raises(UserError, match="action_embedder_B_D"):
-        to_diffusers(DiT(SMALL).state_dict())
 
 
 # Published shapes -------------------------------------------------------------------------------
@@ -395,6 +331,17 @@ def test_exports_with_positions_as_a_tensor():
     program = torch.export.export(dit, (x, t, actions), inputs)
     expected = dit(x, t, actions, first_frame=2, history=history).sample
     torch.testing.assert_close(program.module()(x, t, actions, **inputs).sample, expected)
+
+
+def test_compiles_into_one_graph():
+    dit = randomised(DiT(dataclasses.replace(SMALL, depth=1))).eval()
+    compiled = torch.compile(dit, fullgraph=True, backend="eager")
+    x, t, actions = random_inputs(SMALL, 1, 2, 4, 4)
+    with torch.no_grad():
+        for first in (0, 2):
+            expected = dit(x, t, actions, first_frame=first)
+            got = compiled(x, t, actions, first_frame=first)
+            torch.testing.assert_close(got.sample, expected.sample)
 
 
 def test_fresh_weights_predict_zero_and_learn():

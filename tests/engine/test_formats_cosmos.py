@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from worldloop.engine.dit import DiT, DiTConfig
 from worldloop.engine.formats.cosmos import load_cosmos, save_cosmos, to_cosmos
-from worldloop.engine.formats.diffusers import config_to_diffusers, load_diffusers, to_diffusers
 from worldloop.errors import UserError
 
 RATIO = (3.0, 3.0, 1.0)
@@ -215,22 +213,3 @@ def test_a_bad_file_gets_one_line_naming_it(content, message, tmp_path):
 def test_learned_positions_have_no_place_in_the_layout():
     with pytest.raises(UserError, match="learned_positions"):
         to_cosmos(DiT(dataclasses.replace(CHUNK, learned_positions=(2, 3))))
-
-
-def test_a_diffusers_folder_loads_strictly(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    config = dataclasses.replace(CHUNK, action_dim=0, rope_dtype="float32")
-    dit = random_dit(config)
-    state = to_diffusers(dit.state_dict())
-    (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(config)))
-    safetensors.save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    loaded = load_diffusers(tmp_path, dtype=torch.float32)
-    assert loaded.config == config
-    assert torch.equal(outputs(loaded), outputs(dit))
-
-    state.pop("proj_out.weight")
-    safetensors.save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"missing key final_layer.linear.weight"):
-        load_diffusers(tmp_path)
-    with pytest.raises(UserError, match=r"no config.json"):
-        load_diffusers(tmp_path / "absent")
