@@ -258,15 +258,15 @@ class Decoder(nn.Module):
         return list(zip(reversed(needs), rates, strict=True))
 
     def forward(
-        self, z_BCFhw: Tensor, slots: Slots, plan: Sequence[tuple[int, int]], after: int = 0
+        self, z_BCFhw: Tensor, slots: Slots, needs: Sequence[int] | None = None
     ) -> tuple[Tensor, Slots]:
-        """F = 1 with no slots (first pass, never shortened), else any F with the last pass's slots.
+        """F = 1 with no slots (first pass), else any F with the last pass's slots.
 
-        `after`: latent frames that later passes of the same plan will bring. Returns the planned
-        frames of this pass, `[B,3,T,H,W]` with T possibly 0, and the slots for the next pass.
+        `needs`: trailing frames that each stage puts out in this pass, None for all; a first pass
+        takes None. Returns frames `[B,3,T,H,W]`, T possibly 0, and the slots for the next pass.
         """
         tape = Tape(slots)
-        needs = [need - rate * after if slots else ALL for need, rate in plan]
+        needs = needs or [ALL] * (len(self.middle) + len(self.upsamples) + 2)
         x: Tensor = self.conv1(z_BCFhw, tape, needs[0])
         for block, need in zip((*self.middle, *self.upsamples), needs[1:-1], strict=True):
             if x.shape[2] == 0:
@@ -353,11 +353,13 @@ class WanVAE(nn.Module):
         if z_BCFhw.shape[2] < 1:
             raise ValueError("latents: at least one latent frame is needed, got none")
         z_BCFhw = self.conv2(z_BCFhw / self.latent_inv_std + self.latent_mean)
-        plan = self.decoder.plan(1 if only else ALL)
+        plan = self.decoder.plan(1)
         slots, frames, after = stream.decoder, [], z_BCFhw.shape[2]
         for piece in self._pieces(z_BCFhw, 0 if slots else 1, self.config.window):
             after -= piece.shape[2]
-            x, slots = self.decoder(piece, slots, plan, after)
+            # What the last frame needs of this pass, less what later passes will bring of it.
+            needs = [need - rate * after for need, rate in plan] if only and slots else None
+            x, slots = self.decoder(piece, slots, needs)
             frames.append(x)
         frames_B3THW = torch.cat(frames, dim=2) if only is None else frames[-1]
         return frames_B3THW.clamp(-1, 1), Stream(stream.encoder, slots, z_BCFhw.shape[0])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 Slots = tuple[Tensor, ...]
 
-ALL = 1 << 30  # "every frame is wanted"; survives the halvings and additions of Decoder.plan
+ALL = 1 << 30  # "every frame is wanted"; survives the halvings of the upsamplers
 HISTORY = 2  # frames of the past that a convolution of temporal width 3 sees
 
 

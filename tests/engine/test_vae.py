@@ -403,6 +403,17 @@ def test_channels_last_and_bfloat16() -> None:
     assert {slot.dtype for slot in stream.encoder + stream.decoder} == {torch.bfloat16}
 
 
+def test_a_decoder_pass_is_one_graph() -> None:
+    """A pass has no graph break, so that back ends can capture it whole."""
+    vae, latents = small(), noise(1, 4, 2, 1, 1)
+    _, slots = vae.decoder(latents[:, :, :1], ())
+    want, want_slots = vae.decoder(latents[:, :, 1:], slots)
+    whole = torch.compile(vae.decoder, backend="eager", fullgraph=True, dynamic=False)
+    got, got_slots = whole(latents[:, :, 1:], slots)
+    assert_same(got, want)
+    assert_same_stream(Stream((), got_slots), Stream((), want_slots))
+
+
 @pytest.mark.parametrize(
     ("frames", "stream", "word"),
     [
