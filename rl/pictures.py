@@ -120,9 +120,18 @@ def _trace(draw: ImageDraw.ImageDraw, pair: Pair, box: tuple[int, int, int, int]
 
 
 def write_pair(pair: Pair, folder: Path, fps: float, scale: int = 3) -> Path:
-    """Write the side-by-side video of a pair; returns its path."""
+    """Write the side-by-side video of a pair and a still of its middle; return its path."""
     path = folder / f"{pair.name}.mp4"
-    write_video(path, side_by_side(pair, scale), fps)
+    middle = len(pair.reward) // 2
+
+    def with_still() -> Iterator[Picture]:
+        for t, picture in enumerate(side_by_side(pair, scale)):
+            if t == middle:
+                with atomic_path(path.with_suffix(".jpg")) as temporary:
+                    Image.fromarray(picture).save(temporary, format="JPEG", quality=85)
+            yield picture
+
+    write_video(path, with_still(), fps)
     return path
 
 

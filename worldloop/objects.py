@@ -26,7 +26,9 @@ def _blue(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _red(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     # Wood is red as well, but with much green in it; a painted cube has hardly any.
-    return rgb[..., 0] - 2.2 * np.maximum(rgb[..., 1], rgb[..., 2])
+    other: npt.NDArray[np.float32] = np.maximum(rgb[..., 1], rgb[..., 2])
+    other *= 2.2
+    return rgb[..., 0] - other
 
 
 def _green(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

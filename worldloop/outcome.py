@@ -11,6 +11,7 @@ training folds, the best model's held-out accuracy reported.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from worldloop.checkpoint import load_checkpoint, load_into, save_checkpoint
+from worldloop.config import read_json
 from worldloop.errors import UserError
-from worldloop.types import Actions, Frames
+from worldloop.files import atomic_write_text
+from worldloop.types import Actions
 
 Array = npt.NDArray[np.float64]
 _KIND = "outcome-classifier"
@@ -265,6 +268,15 @@ def actions_only_accuracy(
     }
 
 
-def final_frames(frames_BTVHW3: Frames) -> npt.NDArray[np.uint8]:
-    """The last frame of the first view of each episode, uint8 [B,H,W,3]."""
-    return frames_BTVHW3[:, -1, 0]
+ACTIONS_ONLY = "meta/actions_only.json"  # in a dataset's folder
+
+
+def save_actions_only(dataset: Path | str, result: dict[str, Any]) -> None:
+    """Keep the result of `actions_only_accuracy` with the dataset it was measured on."""
+    atomic_write_text(Path(dataset) / ACTIONS_ONLY, json.dumps(result, indent=2) + "\n")
+
+
+def load_actions_only(dataset: Path | str) -> dict[str, Any] | None:
+    """The result kept with a dataset, or None where none was measured."""
+    path = Path(dataset) / ACTIONS_ONLY
+    return read_json(path) if path.exists() else None

@@ -1,0 +1,395 @@
+"""`worldloop demo`: imagine held-out real episodes and measure how true the imagination is.
+
+From the first frame and the recorded actions alone, every episode in one batch; then the same
+with the actions of other episodes, to see that the world follows actions rather than habit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import worldloop
+from worldloop.cli import parse_config
+from worldloop.config import config_to_dict
+from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
+from worldloop.engine.world_model import WorldModel
+from worldloop.episodes import EpisodeDataset
+from worldloop.errors import UserError
+from worldloop.metrics import Comparison, compare_rollout, lpips, mse, psnr_of_mse
+from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
+from worldloop.rl.envs.maniskill import TASKS
+from worldloop.rl.pictures import Pair, write_pair, write_sheets
+from worldloop.rl.report import print_table, replaced_folder, targets, write_report
+from worldloop.track import Progress
+from worldloop.types import Actions, Episode, Rollout, Starts
+
+SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
+SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Imagine held-out real episodes with a world model; write a report and print the figures."""
+
+    world: str = "tiny"
+    """Shipped preset, checkpoint folder or hub id."""
+    episodes: Path | None = None
+    """Dataset folder; without it the held-out episodes that are shipped."""
+    classifier: Path | None = None
+    """Outcome classifier; without it the shipped one of the task."""
+    out: Path = Path("runs/demo")
+    count: int | None = None
+    """Use only the first episodes."""
+    steps: Literal[1, 2, 4] = 4
+    """Denoising steps of the streaming sampler."""
+    seed: int = 0
+    threads: int = 2
+    reference_batch: int = 4
+    """Episodes in the comparison with the 35-step reference procedure."""
+    repeats: int = 3
+    """Timed repeats of each arm of that comparison."""
+    videos: bool = True
+    check: bool = False
+    """Exit with 1 when a target is missed."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "reference_batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.count is not None and self.count < 2:
+            raise UserError(f"count is {self.count}; must be at least 2 (actions are exchanged)")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """N real episodes of one task, all of T actions."""
+
+    episodes: list[Episode]
+    folder: Path
+    env_id: str
+    fps: float
+
+    @cached_property
+    def actions(self) -> Actions:
+        """[N,T,A]."""
+        return np.stack([episode.actions for episode in self.episodes])
+
+    @cached_property
+    def starts(self) -> Starts:
+        """First frames, poses and instructions."""
+        return Starts(
+            frames=np.stack([episode.frames[0] for episode in self.episodes])[:, None, None],
+            poses=np.stack([episode.states[0] for episode in self.episodes]),
+            instructions=tuple(episode.instruction for episode in self.episodes),
+        )
+
+    @property
+    def object_color(self) -> str:
+        return TASKS[self.env_id].object_color if self.env_id in TASKS else "blue"
+
+    def first(self, count: int, horizon: int) -> HeldOut:
+        """The first episodes, cut to ``horizon`` actions."""
+        cut = [
+            dataclasses.replace(
+                e, frames=e.frames[: horizon + 1], actions=e.actions[:horizon],
+                states=e.states[: horizon + 1], reward=e.reward[:horizon],
+            )
+            for e in self.episodes[:count]
+        ]  # fmt: skip
+        return dataclasses.replace(self, episodes=cut)
+
+
+def load_held_out(folder: Path, count: int | None, world: WorldModel) -> HeldOut:
+    """Read episodes that fit the world model; raises UserError naming what does not."""
+    dataset = EpisodeDataset(folder)
+    number = len(dataset) if count is None else min(count, len(dataset))
+    if number < 2:
+        raise UserError(f"{folder}: holds {len(dataset)} episodes; at least 2 are needed")
+    world.action_spec.require_same(dataset.meta.action_spec, "the world model", str(folder))
+    episodes = [dataset.read(i) for i in range(number)]
+    lengths = {len(episode.actions) for episode in episodes}
+    chunk = world.action_spec.chunk
+    if len(lengths) > 1 or min(lengths) % chunk:
+        raise UserError(
+            f"{folder}: episodes have {sorted(lengths)} actions; one length is needed, a multiple "
+            f"of the world model's chunk ({chunk})"
+        )
+    return HeldOut(episodes, folder, dataset.meta.env_id, dataset.meta.action_spec.control_hz)
+
+
+def find_episodes(config: DemoConfig) -> Path:
+    """The dataset to imagine."""
+    if config.episodes is not None:
+        return config.episodes
+    shipped = sorted(SHIPPED_EPISODES.glob("demo-*/meta/info.json"))
+    if not shipped:
+        raise UserError(
+            f"{SHIPPED_EPISODES}: no shipped episodes (demo-*); give a dataset with --episodes"
+        )
+    return shipped[0].parents[1]
+
+
+def find_classifier(config: DemoConfig, env_id: str) -> tuple[OutcomeClassifier | None, str]:
+    """The outcome classifier of the task and "", or None and the reason."""
+    if config.classifier is not None:
+        return OutcomeClassifier.load(config.classifier), ""
+    for path in sorted(SHIPPED_CLASSIFIERS.glob("outcome-*/config.json")):
+        classifier = OutcomeClassifier.load(path.parent)
+        if classifier.env_id == env_id:
+            return classifier, ""
+    return None, f"no outcome classifier of {env_id} is shipped; give one with --classifier"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def imagine(
+    world: WorldModel,
+    held_out: HeldOut,
+    actions_NTA: Actions,
+    steps: int | Literal["reference"],
+    seed: int,
+) -> tuple[Rollout, float]:
+    """Imagine every episode in one batch; the rollout and its wall-clock seconds."""
+    engine = RolloutEngine(world, policy=ReplayPolicy(actions_NTA), steps=steps)
+    since = time.perf_counter()
+    rollout = engine.rollout(held_out.starts, horizon=actions_NTA.shape[1], seed=seed, decode="all")
+    return rollout, time.perf_counter() - since
+
+
+def derangement(count: int, seed: int) -> npt.NDArray[np.int64]:
+    """A permutation [count] that leaves nothing in its place: one cycle through all, by seed."""
+    order = np.random.default_rng(seed).permutation(count)
+    out = np.empty(count, np.int64)
+    out[order] = np.roll(order, 1)
+    return out
+
+
+def shuffled_psnr(
+    world: WorldModel, held_out: HeldOut, config: DemoConfig
+) -> tuple[float, npt.NDArray[np.int64]]:
+    """PSNR in dB when every episode gets another one's actions, its own start kept."""
+    other = derangement(len(held_out.episodes), config.seed)
+    rollout, _ = imagine(world, held_out, held_out.actions[other], config.steps, config.seed)
+    assert rollout.frames is not None
+    real = np.stack([episode.frames for episode in held_out.episodes])
+    error = mse(real[:, 1:], rollout.frames[:, 1:, 0])
+    return float(psnr_of_mse(np.maximum(error, 1e-10)).mean()), other
+
+
+def interleaved(arms: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
+    """Seconds [arm][repeat]; one warm-up each, then the arms in turn, so that a busy moment of
+    the machine strikes all of them."""
+    for arm in arms:
+        arm()
+    times: list[list[float]] = [[] for _ in arms]
+    for _ in range(repeats):
+        for seconds, arm in zip(times, arms):
+            seconds.append(arm())
+    return times
+
+
+def measure_speed(world: WorldModel, held_out: HeldOut, config: DemoConfig) -> dict[str, Any]:
+    """Seconds of one chunk at batch 1, and the speed-up over the reference procedure.
+
+    Both arms encode the first frame, imagine one chunk with the same weights and decode it.
+    """
+    chunk = world.action_spec.chunk
+    one = held_out.first(1, chunk)
+    few = held_out.first(config.reference_batch, chunk)
+
+    def run(part: HeldOut, steps: int | Literal["reference"]) -> Callable[[], float]:
+        return lambda: imagine(world, part, part.actions, steps, config.seed)[1]
+
+    (single,) = interleaved([run(one, config.steps)], max(5, config.repeats))
+    stream, reference = interleaved([run(few, config.steps), run(few, "reference")], config.repeats)
+    return {
+        "seconds_per_chunk": statistics.median(single),
+        "speedup_vs_reference": statistics.median(reference) / statistics.median(stream),
+        "speedup_details": {
+            "what": f"first frame encoded, one chunk of {chunk} frames imagined and decoded, "
+            "same weights, arms interleaved, medians",
+            "episodes": len(few.episodes),
+            "streaming_steps": config.steps,
+            "reference_steps": 35,
+            "streaming_seconds": stream,
+            "reference_seconds": reference,
+            "one_episode_seconds": single,
+        },
+    }
+
+
+def actions_only(held_out: HeldOut, seed: int) -> dict[str, Any]:
+    """The larger of two figures: measured with the training data, and on these episodes.
+
+    On a few dozen episodes the cross-validated figure is noisy, so it is a mean over repeats.
+    """
+    success = np.array([episode.success for episode in held_out.episodes])
+    stored = load_actions_only(held_out.folder)
+    values: dict[str, Any] = {"actions_only_stored": stored, "actions_only_here": None}
+    found = [] if stored is None else [float(stored["accuracy"])]
+    if min(success.sum(), (~success).sum()) >= 10:
+        runs = [actions_only_accuracy(held_out.actions, success, seed + i) for i in range(5)]
+        values["actions_only_here"] = statistics.fmean(run["accuracy"] for run in runs)
+        found.append(values["actions_only_here"])
+    return {"actions_only_alignment": max(found) if found else None, **values}
+
+
+def commit() -> str:
+    """The git commit of this checkout, or the package's version."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"worldloop {worldloop.__version__}"
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def pairs_of(
+    held_out: HeldOut, rollout: Rollout, comparison: Comparison, threshold: float
+) -> list[Pair]:
+    """What the pictures and the report show of each episode."""
+    assert rollout.frames is not None
+    pairs = []
+    for i, episode in enumerate(held_out.episodes):
+        seen = comparison.track.counted[i]
+        visual = comparison.visual_success
+        pairs.append(
+            Pair(
+                number=i,
+                real=episode.frames,
+                imagined=rollout.frames[i, :, 0],
+                true_reward=episode.reward,
+                reward=rollout.reward[i],
+                threshold=threshold,
+                success=bool(comparison.true_success[i]),
+                reward_success=bool(comparison.reward_success[i]),
+                visual_success=None if visual is None else bool(visual[i]),
+                psnr=float(comparison.psnr[i].mean()),
+                within=float(comparison.track.within[i, seen].mean()) if seen.any() else np.nan,
+                instruction=episode.instruction,
+            )
+        )
+    return pairs
+
+
+def measure(
+    world: WorldModel, held_out: HeldOut, config: DemoConfig, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Comparison, list[Pair]]:
+    """Every figure of summary.json, and what the pictures are made from."""
+    classifier, no_classifier = find_classifier(config, held_out.env_id)
+    say(f"imagine {len(held_out.episodes)} episodes of {held_out.env_id}")
+    imagine(world, held_out.first(2, world.action_spec.chunk), held_out.first(
+        2, world.action_spec.chunk).actions, config.steps, config.seed)  # fmt: skip  # warm-up
+    rollout, seconds = imagine(world, held_out, held_out.actions, config.steps, config.seed)
+    say("compare")
+    comparison = compare_rollout(held_out.episodes, rollout, classifier, held_out.object_color)
+    assert rollout.frames is not None
+    real = np.stack([episode.frames for episode in held_out.episodes])
+    perceptual, no_lpips = lpips(real[:, 1:], rollout.frames[:, 1:, 0])
+    say("exchange actions between episodes")
+    shuffled, other = shuffled_psnr(world, held_out, config)
+    say("time against the reference procedure")
+    speed = measure_speed(world, held_out, config)
+    values = {
+        **comparison.summary(world.action_spec.chunk),
+        "lpips": perceptual,
+        "lpips_reason": no_lpips or None,
+        "visual_alignment_reason": no_classifier or None,
+        "classifier": None if classifier is None else classifier.record,
+        **actions_only(held_out, config.seed),
+        "psnr_with_shuffled_actions": shuffled,
+        "shuffled_with": other.tolist(),
+        "frames_per_second": comparison.psnr.size / seconds,
+        "rollout_seconds": seconds,
+        "rollout_timings": rollout.timings,
+        **speed,
+        "reward_threshold": world.reward_threshold,
+        "env_id": held_out.env_id,
+        "threads": torch.get_num_threads(),
+        "config": config_to_dict(config),
+        "commit": commit(),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    pairs = pairs_of(held_out, rollout, comparison, world.reward_threshold)
+    return values, comparison, pairs
+
+
+def demo(config: DemoConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run everything, write ``config.out`` in one step, return the summary."""
+    since = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    world = WorldModel.from_pretrained(config.world)
+    held_out = load_held_out(find_episodes(config), config.count, world)
+    with replaced_folder(config.out) as folder:
+        values, comparison, pairs = measure(world, held_out, config, say)
+        say("draw")
+        sheets = write_sheets(pairs, folder)
+        if config.videos:
+            with (
+                ThreadPoolExecutor(config.threads) as pool,
+                Progress(len(pairs), "videos", unit="video") as progress,
+            ):
+                for _ in _drawn(pool, pairs, folder, held_out.fps):
+                    progress.update()
+        values["seconds"] = time.perf_counter() - since
+        values["peak_memory_mb"] = peak_memory_mb()
+        values["targets"] = targets(values)
+        write_report(folder, values, comparison, pairs, sheets, config.videos)
+        text = json.dumps(values, indent=2, default=float) + "\n"
+        (folder / "summary.json").write_text(text, encoding="utf-8")
+    return values
+
+
+def _drawn(
+    pool: ThreadPoolExecutor, pairs: Sequence[Pair], folder: Path, fps: float
+) -> Iterator[Path]:
+    return pool.map(lambda pair: write_pair(pair, folder, fps, scale=2), pairs)
+
+
+PRESETS = {
+    "full": ("every shipped episode, videos and timings", DemoConfig()),
+    "smoke": (
+        "four episodes, no videos: seconds",
+        DemoConfig(count=4, videos=False, repeats=1, reference_batch=1, out=Path("runs/smoke")),
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; without a preset's name it is `full`."""
+    if not argv or argv[0] not in (*PRESETS, "-h", "--help"):
+        argv = ["full", *argv]
+    config = parse_config(PRESETS, argv, "worldloop demo")
+    values = demo(config)
+    print_table(values)
+    print(
+        f"{config.out / 'report.html'} shows it; {config.out / 'summary.json'} holds the figures."
+    )
+    missed = [row["name"] for row in values["targets"] if row["met"] is False]
+    return 1 if config.check and missed else 0
