@@ -1,4 +1,4 @@
-"""Whatever acts: collection, rollouts in imagination, GRPO, evaluation."""
+"""Inference: diffusion transformer, autoencoders, caches, samplers, rollouts, policies."""
 
 if not __name__.startswith("worldloop."):
-    raise ImportError("import this package as `worldloop.engine` (pip install -e . maps the folder engine/)")
+    raise ImportError("import this package as `worldloop.engine` (after `pip install -e .`)")

@@ -110,6 +110,7 @@ class LightVAE(nn.Module):
             nn.Conv2d(w2, folded * 4, 3, padding=1),
             nn.PixelShuffle(2),
         )
+        self._statistics: Tensor
         statistics = torch.tensor([config.latent_mean, config.latent_std])
         self.register_buffer("_statistics", statistics, persistent=False)
 

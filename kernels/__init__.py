@@ -1,4 +1,7 @@
 """Operators: one file each with reference, Triton kernel, public op and CASES."""
 
 if not __name__.startswith("worldloop."):
-    raise ImportError("import this package as `worldloop.kernels` (`make setup` installs it)")
+    # transformers probes for a package called `kernels`; from the repository's root it finds this
+    # folder, and an ImportError would end its own import. Version 0 and no path say: not that one.
+    __version__ = "0"
+    __path__ = []

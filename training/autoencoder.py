@@ -180,7 +180,8 @@ def train(config: AutoencoderConfig) -> Path:
             ema.update(model, step)
             errors.append(float(mse.detach()))
             step += 1
-            progress.update(1, loss=float(loss.detach()), psnr=psnr_of(float(np.mean(errors[-50:]))))
+            recent = psnr_of(float(np.mean(errors[-50:])))
+            progress.update(1, loss=float(loss.detach()), psnr=recent)
             if step % config.save_every == 0 or step == config.steps:
                 with ema.applied(model), autocast(device, config.precision):
                     held, pictures = evaluate(model, held_groups)
@@ -217,7 +218,8 @@ def write_checkpoint(model: LightVAE, data: EpisodeArrays, config: AutoencoderCo
         latent_mean=tuple(round(float(v), 6) for v in mean),
         latent_std=tuple(round(float(v), 6) for v in std),
     )
-    save_checkpoint(config.out / "model", model.state_dict(), config_to_dict(sizes), kind="light_vae")
+    plain = config_to_dict(sizes)
+    save_checkpoint(config.out / "model", model.state_dict(), plain, kind="light_vae")
 
 
 def write_samples(real: Tensor, made: Tensor, path: Path, count: int = 8) -> None:

@@ -110,7 +110,9 @@ class Workers:
             dist.destroy_process_group()
 
 
-def save_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA, step: int) -> None:
+def save_state(
+    folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA, step: int
+) -> None:
     """Everything that a resumed run needs, at step boundaries."""
     state = {"model": module.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow}
     save_training_state(folder, state, {"step": step})

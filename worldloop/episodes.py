@@ -91,7 +91,8 @@ def encode_video(path: Path, episodes: Sequence[npt.NDArray[np.uint8]], fps: int
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p"
         stream.time_base = Fraction(1, fps)
-        stream.options = {"crf": str(crf), "preset": "medium", "bf": "0", "x264-params": "threads=1"}
+        options = {"crf": str(crf), "preset": "medium", "bf": "0", "x264-params": "threads=1"}
+        stream.options = options
         stream.codec_context.gop_size = 100_000
         index = 0
         for frames in episodes:

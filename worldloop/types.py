@@ -6,11 +6,14 @@ B episodes, T frames or actions, V views, H W pixels, A action dim, F latent fra
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from worldloop.config import config_from_dict, config_to_dict
 
 Frames = npt.NDArray[np.uint8]  # [B,T,V,H,W,3] at every public edge
 Actions = npt.NDArray[np.float32]  # [B,T,A] in environment units
@@ -150,18 +153,32 @@ class ActionSpec:
         return pose
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return config_to_dict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        fit = known.pop("controller", None)
-        if fit is not None:
-            fit = ControllerFit(**{k: tuple(v) if isinstance(v, list) else v for k, v in fit.items()})
-        unknown = set(known) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"ActionSpec has no field {sorted(unknown)[0]!r}")
-        return cls(controller=fit, **known)
+        return config_from_dict(cls, values, "action_spec")
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where B imagined episodes begin."""
+
+    frames: Frames  # [B,1,V,H,W,3]
+    poses: npt.NDArray[np.float32]  # [B,A] end-effector state, as ActionSpec names it
+    instructions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.frames) == len(self.poses) == len(self.instructions) > 0:
+            raise ValueError(
+                f"Starts has {len(self.frames)} frames, {len(self.poses)} poses and "
+                f"{len(self.instructions)} instructions; expected one of each for every episode"
+            )
+
+    def select(self, rows: Sequence[int]) -> Starts:
+        index = list(rows)
+        chosen = tuple(self.instructions[row] for row in index)
+        return Starts(self.frames[index], self.poses[index], chosen)
 
 
 @dataclass(frozen=True)

@@ -94,16 +94,14 @@ def _slide(direction: float) -> Callable[..., list[Waypoint]]:
         drift = rng.uniform(-0.006, 0.006)
         back = rng.uniform(0.02, 0.07)
         lift = rng.uniform(0.09, 0.16)
+        home = (x - direction * rng.uniform(0.0, 0.1), y + rng.uniform(-0.05, 0.0))
         return [
             Waypoint(np.array([start, y, above]), approach, hold=int(rng.integers(0, 4))),
             Waypoint(np.array([start, y, low]), approach, tolerance=0.008),
             Waypoint(np.array([end, y + drift, low]), push, tolerance=0.006),
             Waypoint(np.array([end - direction * back, y + drift, low + 0.02]), approach),
             Waypoint(np.array([end - direction * back, y + drift, lift]), approach),
-            Waypoint(
-                np.array([x - direction * rng.uniform(0.0, 0.1), y + rng.uniform(-0.05, 0.0), lift]),
-                approach,
-            ),
+            Waypoint(np.array([*home, lift]), approach),
         ]
 
     return plan
@@ -123,17 +121,16 @@ def _stack(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Wayp
     above, lift = rng.uniform(0.07, 0.12), rng.uniform(0.10, 0.14)
     place = 0.062 + rng.uniform(0.0, 0.004)
     aside = np.array([rng.uniform(-0.06, 0.06), rng.uniform(-0.1, -0.04)])
-    flat = {"rotation": turn}
     return [
-        Waypoint(np.array([*red[:2], above]), approach, 1.0, **flat),
-        Waypoint(np.array([*red[:2], 0.02]), approach, 1.0, **flat, tolerance=0.006, hold=1),
-        Waypoint(np.array([*red[:2], 0.02]), 0.3, -1.0, **flat, hold=4),
-        Waypoint(np.array([*red[:2], lift]), carry, -1.0, **flat),
-        Waypoint(np.array([*green[:2], lift]), carry, -1.0, **flat, tolerance=0.006),
-        Waypoint(np.array([*green[:2], place]), 0.4, -1.0, **flat, tolerance=0.004, timeout=14),
-        Waypoint(np.array([*green[:2], place]), 0.2, 1.0, **flat, hold=3),
-        Waypoint(np.array([*green[:2], place + 0.09]), carry, 1.0, **flat),
-        Waypoint(np.array([*(green[:2] + aside), place + 0.11]), carry, 1.0, **flat),
+        Waypoint(np.array([*red[:2], above]), approach, 1.0, turn),
+        Waypoint(np.array([*red[:2], 0.02]), approach, 1.0, turn, tolerance=0.006, hold=1),
+        Waypoint(np.array([*red[:2], 0.02]), 0.3, -1.0, turn, hold=4),
+        Waypoint(np.array([*red[:2], lift]), carry, -1.0, turn),
+        Waypoint(np.array([*green[:2], lift]), carry, -1.0, turn, tolerance=0.006),
+        Waypoint(np.array([*green[:2], place]), 0.4, -1.0, turn, tolerance=0.004, timeout=14),
+        Waypoint(np.array([*green[:2], place]), 0.2, 1.0, turn, hold=3),
+        Waypoint(np.array([*green[:2], place + 0.09]), carry, 1.0, turn),
+        Waypoint(np.array([*(green[:2] + aside), place + 0.11]), carry, 1.0, turn),
     ]
 
 
