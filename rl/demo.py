@@ -6,7 +6,6 @@ with the actions of other episodes, to see that the world follows actions rather
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import statistics
@@ -14,8 +13,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +27,14 @@ from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
-from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.metrics import Comparison, compare_rollout, lpips, mse, psnr_of_mse
 from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
-from worldloop.rl.envs.maniskill import TASKS
+from worldloop.rl.held_out import HeldOut, load_held_out
 from worldloop.rl.pictures import Pair, write_pair, write_sheets
 from worldloop.rl.report import print_table, replaced_folder, targets, write_report
 from worldloop.track import Progress
-from worldloop.types import Actions, Episode, Rollout, Starts
+from worldloop.types import Actions, Rollout
 
 SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
 SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights"
@@ -75,63 +73,6 @@ class DemoConfig:
             raise UserError(f"count is {self.count}; must be at least 2 (actions are exchanged)")
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """N real episodes of one task, all of T actions."""
-
-    episodes: list[Episode]
-    folder: Path
-    env_id: str
-    fps: float
-
-    @cached_property
-    def actions(self) -> Actions:
-        """[N,T,A]."""
-        return np.stack([episode.actions for episode in self.episodes])
-
-    @cached_property
-    def starts(self) -> Starts:
-        """First frames, poses and instructions."""
-        return Starts(
-            frames=np.stack([episode.frames[0] for episode in self.episodes])[:, None, None],
-            poses=np.stack([episode.states[0] for episode in self.episodes]),
-            instructions=tuple(episode.instruction for episode in self.episodes),
-        )
-
-    @property
-    def object_color(self) -> str:
-        return TASKS[self.env_id].object_color if self.env_id in TASKS else "blue"
-
-    def first(self, count: int, horizon: int) -> HeldOut:
-        """The first episodes, cut to ``horizon`` actions."""
-        cut = [
-            dataclasses.replace(
-                e, frames=e.frames[: horizon + 1], actions=e.actions[:horizon],
-                states=e.states[: horizon + 1], reward=e.reward[:horizon],
-            )
-            for e in self.episodes[:count]
-        ]  # fmt: skip
-        return dataclasses.replace(self, episodes=cut)
-
-
-def load_held_out(folder: Path, count: int | None, world: WorldModel) -> HeldOut:
-    """Read episodes that fit the world model; raises UserError naming what does not."""
-    dataset = EpisodeDataset(folder)
-    number = len(dataset) if count is None else min(count, len(dataset))
-    if number < 2:
-        raise UserError(f"{folder}: holds {len(dataset)} episodes; at least 2 are needed")
-    world.action_spec.require_same(dataset.meta.action_spec, "the world model", str(folder))
-    episodes = [dataset.read(i) for i in range(number)]
-    lengths = {len(episode.actions) for episode in episodes}
-    chunk = world.action_spec.chunk
-    if len(lengths) > 1 or min(lengths) % chunk:
-        raise UserError(
-            f"{folder}: episodes have {sorted(lengths)} actions; one length is needed, a multiple "
-            f"of the world model's chunk ({chunk})"
-        )
-    return HeldOut(episodes, folder, dataset.meta.env_id, dataset.meta.action_spec.control_hz)
-
-
 def find_episodes(config: DemoConfig) -> Path:
     """The dataset to imagine."""
     if config.episodes is not None:
@@ -164,11 +105,20 @@ def imagine(
     actions_NTA: Actions,
     steps: int | Literal["reference"],
     seed: int,
+    title: str | None = None,
 ) -> tuple[Rollout, float]:
-    """Imagine every episode in one batch; the rollout and its wall-clock seconds."""
-    engine = RolloutEngine(world, policy=ReplayPolicy(actions_NTA), steps=steps)
+    """Imagine every episode in one batch; the rollout and its wall-clock seconds.
+
+    With a ``title`` the progress is shown.
+    """
+    engine = RolloutEngine(world, ReplayPolicy(actions_NTA, world.action_spec), steps=steps)
+    horizon = actions_NTA.shape[1]
     since = time.perf_counter()
-    rollout = engine.rollout(held_out.starts, horizon=actions_NTA.shape[1], seed=seed, decode="all")
+    bar = None if title is None else Progress(len(actions_NTA) * horizon, title, unit="frame")
+    with bar or nullcontext():
+        rollout = engine.rollout(
+            held_out.starts, horizon=horizon, seed=seed, decode="all", progress=bar
+        )
     return rollout, time.perf_counter() - since
 
 
@@ -185,7 +135,9 @@ def shuffled_psnr(
 ) -> tuple[float, npt.NDArray[np.int64]]:
     """PSNR in dB when every episode gets another one's actions, its own start kept."""
     other = derangement(len(held_out.episodes), config.seed)
-    rollout, _ = imagine(world, held_out, held_out.actions[other], config.steps, config.seed)
+    rollout, _ = imagine(
+        world, held_out, held_out.actions[other], config.steps, config.seed, "other actions"
+    )
     assert rollout.frames is not None
     real = np.stack([episode.frames for episode in held_out.episodes])
     error = mse(real[:, 1:], rollout.frames[:, 1:, 0])
@@ -303,18 +255,18 @@ def measure(
 ) -> tuple[dict[str, Any], Comparison, list[Pair]]:
     """Every figure of summary.json, and what the pictures are made from."""
     classifier, no_classifier = find_classifier(config, held_out.env_id)
-    say(f"imagine {len(held_out.episodes)} episodes of {held_out.env_id}")
-    imagine(world, held_out.first(2, world.action_spec.chunk), held_out.first(
-        2, world.action_spec.chunk).actions, config.steps, config.seed)  # fmt: skip  # warm-up
-    rollout, seconds = imagine(world, held_out, held_out.actions, config.steps, config.seed)
-    say("compare")
+    say(f"{len(held_out.episodes)} episodes of {held_out.env_id} from {held_out.folder}")
+    warm = held_out.first(2, world.action_spec.chunk)
+    imagine(world, warm, warm.actions, config.steps, config.seed)
+    rollout, seconds = imagine(
+        world, held_out, held_out.actions, config.steps, config.seed, "imagine"
+    )
     comparison = compare_rollout(held_out.episodes, rollout, classifier, held_out.object_color)
     assert rollout.frames is not None
     real = np.stack([episode.frames for episode in held_out.episodes])
     perceptual, no_lpips = lpips(real[:, 1:], rollout.frames[:, 1:, 0])
-    say("exchange actions between episodes")
     shuffled, other = shuffled_psnr(world, held_out, config)
-    say("time against the reference procedure")
+    say("timing, also of the 35-step reference procedure")
     speed = measure_speed(world, held_out, config)
     values = {
         **comparison.summary(world.action_spec.chunk),
@@ -348,7 +300,6 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> dict[str, An
     held_out = load_held_out(find_episodes(config), config.count, world)
     with replaced_folder(config.out) as folder:
         values, comparison, pairs = measure(world, held_out, config, say)
-        say("draw")
         sheets = write_sheets(pairs, folder)
         if config.videos:
             with (

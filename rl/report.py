@@ -28,7 +28,13 @@ _TARGETS: tuple[tuple[str, str, str, float, str], ...] = (
     ("ssim", "SSIM", ">=", 0.85, ""),
     ("object_within_4px", "Object within 4 pixels of the true one", ">=", 0.75, "%"),
     ("reward_alignment", "Reward alignment", ">=", 0.80, "%"),
-    ("reward_over_actions_only", "Reward alignment above the actions-only guess", ">=", 0.10, "%"),
+    (
+        "reward_over_actions_only",
+        "Reward alignment above the actions-only one",
+        ">=",
+        0.10,
+        "points",
+    ),
     ("visual_alignment", "Visual alignment (classifier of final frames)", ">=", 0.80, "%"),
     ("shuffled_cost", "PSNR lost with another episode's actions", ">=", 3.0, "dB"),
     ("speedup_vs_reference", "Speed-up over the 35-step reference", ">=", 5.0, "x"),
@@ -82,6 +88,8 @@ def shown(value: float | None, unit: str) -> str:
         return "not measured"
     if unit == "%":
         return f"{100 * value:.1f} %"
+    if unit == "points":
+        return f"{100 * value:.1f} points"
     digits = (
         0 if float(value).is_integer() or abs(value) >= 1000 else (2 if abs(value) < 100 else 1)
     )
@@ -142,6 +150,8 @@ def replaced_folder(out: Path) -> Iterator[Path]:
 
 # ---------------------------------------------------------------- curves
 
+_FAINT, _LINE, _IMAGINED = "#6b7280", "#e3e5e9", "#c46210"
+
 
 def psnr_chart(comparison: Comparison, chunk: int) -> str:
     """PSNR over time as inline SVG: imagined (mean, middle 80 % of episodes) and static."""
@@ -150,7 +160,7 @@ def psnr_chart(comparison: Comparison, chunk: int) -> str:
     low, high = np.percentile(comparison.psnr, [10, 90], axis=0)
     bottom = 5 * math.floor(min(low.min(), static.min()) / 5)
     top = 5 * math.ceil(min(max(high.max(), static[1:].max()), 45) / 5)
-    width, height, left, base, right = 920, 300, 46, 262, 770
+    width, height, left, base, right = 960, 300, 46, 262, 790
 
     def x(t: float) -> float:
         return left + (right - left) * t / T
@@ -161,28 +171,40 @@ def psnr_chart(comparison: Comparison, chunk: int) -> str:
     def path(values: npt.NDArray[np.float64]) -> str:
         return " ".join(f"{x(t + 1):.1f},{y(float(v)):.1f}" for t, v in enumerate(values))
 
+    def text(
+        at: tuple[float, float], words: str, anchor: str = "start", color: str = _FAINT
+    ) -> str:
+        return (
+            f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}" fill="{color}" '
+            f'font-size="13" font-family="system-ui, sans-serif">{words}</text>'
+        )
+
+    def line(x1: float, y1: float, x2: float, y2: float, more: str = "") -> str:
+        return (
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+            f'stroke="{_LINE}" {more}/>'
+        )
+
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="PSNR over time">']
     for value in range(bottom, top + 1, 5):
-        parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>'
-            f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>'
-        )
+        parts.append(line(left, y(value), right, y(value)))
+        parts.append(text(left - 8, y(value) + 4, str(value), "end"))
     for t in range(0, T + 1, chunk):
-        parts.append(
-            f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="16" y2="{base}" class="chunk"/>'
-            f'<text x="{x(t):.1f}" y="{base + 18}" text-anchor="middle">{t}</text>'
-        )
+        parts.append(line(x(t), 16, x(t), base, 'stroke-dasharray="3 4"'))
+        parts.append(text(x(t), base + 18, str(t), "middle"))
     band = path(high) + " " + " ".join(reversed(path(low).split()))
-    parts.append(f'<polygon points="{band}" class="band"/>')
-    parts.append(f'<polyline points="{path(static)}" class="static"/>')
-    parts.append(f'<polyline points="{path(mean)}" class="imagined"/>')
+    parts.append(f'<polygon points="{band}" fill="{_IMAGINED}" opacity="0.14"/>')
+    for values, color in ((static, _FAINT), (mean, _IMAGINED)):
+        parts.append(
+            f'<polyline points="{path(values)}" fill="none" stroke="{color}" stroke-width="2"/>'
+        )
     ends = [y(float(mean[-1])) + 4, y(float(static[-1])) + 4]
     if abs(ends[0] - ends[1]) < 17:
         ends[1] = ends[0] + 17
-    for end, text, kind in zip(ends, ("imagined", "first frame repeated"), ("imagined", "static")):
-        parts.append(f'<text x="{right + 8}" y="{end:.1f}" class="label {kind}">{text}</text>')
-    parts.append(f'<text x="{left}" y="{height - 4}">frame; PSNR in dB; lines between chunks; '
-                 "band: middle 80 % of episodes</text></svg>")  # fmt: skip
+    parts.append(text(right + 8, ends[0], "imagined", color=_IMAGINED))
+    parts.append(text(right + 8, ends[1], "first frame repeated"))
+    legend = "frame; PSNR in dB; dashed: between chunks; band: middle 80 % of episodes"
+    parts.append(text(left, height - 4, legend) + "</svg>")
     return "".join(parts)
 
 
@@ -200,11 +222,7 @@ th, td { text-align: left; padding: 7px 22px 7px 0; border-bottom: 1px solid var
 th { font-weight: 600; color: var(--faint); font-size: 14px; }
 td.number { text-align: right; } .met { color: var(--good); }
 .missed { color: var(--bad); font-weight: 600; }
-svg { width: 100%; height: auto; margin: 8px 0; } svg text { font: 13px system-ui, sans-serif;
-  fill: var(--faint); } .grid { stroke: var(--line); } .chunk { stroke: var(--line);
-  stroke-dasharray: 3 4; } .band { fill: var(--imagined); opacity: .14; }
-polyline { fill: none; stroke-width: 2; } polyline.imagined { stroke: var(--imagined); }
-polyline.static { stroke: var(--faint); } text.imagined { fill: var(--imagined); }
+svg { width: 100%; height: auto; margin: 8px 0; }
 figure { margin: 18px 0 30px; } figcaption { font-size: 15px; margin-bottom: 6px; }
 video, img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 0 28px; }
