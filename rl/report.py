@@ -171,11 +171,9 @@ def psnr_chart(comparison: Comparison, chunk: int) -> str:
     def path(values: npt.NDArray[np.float64]) -> str:
         return " ".join(f"{x(t + 1):.1f},{y(float(v)):.1f}" for t, v in enumerate(values))
 
-    def text(
-        at: tuple[float, float], words: str, anchor: str = "start", color: str = _FAINT
-    ) -> str:
+    def text(px: float, py: float, words: str, anchor: str = "start", ink: str = _FAINT) -> str:
         return (
-            f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}" fill="{color}" '
+            f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}" fill="{ink}" '
             f'font-size="13" font-family="system-ui, sans-serif">{words}</text>'
         )
 
@@ -201,7 +199,7 @@ def psnr_chart(comparison: Comparison, chunk: int) -> str:
     ends = [y(float(mean[-1])) + 4, y(float(static[-1])) + 4]
     if abs(ends[0] - ends[1]) < 17:
         ends[1] = ends[0] + 17
-    parts.append(text(right + 8, ends[0], "imagined", color=_IMAGINED))
+    parts.append(text(right + 8, ends[0], "imagined", ink=_IMAGINED))
     parts.append(text(right + 8, ends[1], "first frame repeated"))
     legend = "frame; PSNR in dB; dashed: between chunks; band: middle 80 % of episodes"
     parts.append(text(left, height - 4, legend) + "</svg>")
