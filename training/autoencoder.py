@@ -18,7 +18,8 @@ from torch import Tensor
 
 from worldloop.checkpoint import save_checkpoint
 from worldloop.config import config_to_dict
-from worldloop.engine.light_vae import PRESETS, LightVAE, LightVAEConfig
+from worldloop.engine.light_vae import PRESETS, LightVAE
+from worldloop.engine.world_model import load_autoencoder
 from worldloop.errors import UserError
 from worldloop.track import Run
 from worldloop.training.common import (
@@ -61,6 +62,8 @@ class AutoencoderConfig:
     save_every: int = 250
     init: Path | None = None
     """Start from this autoencoder checkpoint."""
+    freeze_encoder: bool = False
+    """Tune the decoder only: latents, and every world model trained on them, stay valid."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -68,6 +71,8 @@ class AutoencoderConfig:
         for name in ("steps", "batch", "threads", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.freeze_encoder and self.init is None:
+            raise UserError("freeze_encoder needs init: an encoder to keep")
 
 
 def median_background(data: EpisodeArrays, samples: int = 400) -> Tensor:
@@ -146,12 +151,17 @@ def train(config: AutoencoderConfig) -> Path:
     trained = len(data) - config.held_out
     if trained < 1:
         raise UserError(f"held_out is {config.held_out}; {config.data} has {len(data)} episodes")
-    sizes = replace(PRESETS[config.preset](), picture=data.frames.shape[2:4])
-    model = LightVAE(sizes)
-    model.background.data.copy_(median_background(data))
+    if config.init is None:
+        model = LightVAE(replace(PRESETS[config.preset](), picture=data.frames.shape[2:4]))
+        model.background.data.copy_(median_background(data))
+    else:
+        model = load_autoencoder(config.init).train()
+    if config.freeze_encoder:  # the background belongs to the encoder: it is subtracted first
+        model.encoder.requires_grad_(False)
+        model.background.requires_grad_(False)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        [p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     ema = EMA(model, config.ema)
     step = load_state(config.out / "state", model, optimizer, ema)
@@ -204,20 +214,21 @@ def train(config: AutoencoderConfig) -> Path:
 @torch.no_grad()
 def write_checkpoint(model: LightVAE, data: EpisodeArrays, config: AutoencoderConfig) -> None:
     """Save the (averaged) weights with the latents' statistics over sampled groups."""
-    rng = np.random.default_rng(3)
-    groups, _ = groups_of(
-        data,
-        rng.integers(len(data) - config.held_out, size=64),
-        rng.integers(data.frames.shape[1] // 4 + 1, size=64),
-    )
-    device = next(model.parameters()).device
-    latents = model.encode_groups(groups.to(device)).float()
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-3)
-    sizes: LightVAEConfig = replace(
-        model.config,
-        latent_mean=tuple(round(float(v), 6) for v in mean),
-        latent_std=tuple(round(float(v), 6) for v in std),
-    )
+    sizes = model.config
+    if not config.freeze_encoder:
+        rng = np.random.default_rng(3)
+        groups, _ = groups_of(
+            data,
+            rng.integers(len(data) - config.held_out, size=64),
+            rng.integers(data.frames.shape[1] // 4 + 1, size=64),
+        )
+        latents = model.encode_groups(groups.to(next(model.parameters()).device)).float()
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-3)
+        sizes = replace(
+            sizes,
+            latent_mean=tuple(round(float(v), 6) for v in mean),
+            latent_std=tuple(round(float(v), 6) for v in std),
+        )
     plain = config_to_dict(sizes)
     save_checkpoint(config.out / "model", model.state_dict(), plain, kind="light_vae")
 
