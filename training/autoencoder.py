@@ -161,7 +161,10 @@ def train(config: AutoencoderConfig) -> Path:
         model.background.requires_grad_(False)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
     )
     ema = EMA(model, config.ema)
     step = load_state(config.out / "state", model, optimizer, ema)
