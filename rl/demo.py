@@ -37,7 +37,7 @@ from worldloop.track import Progress
 from worldloop.types import Actions, Rollout
 
 SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
-SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights"
+SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights/outcome"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def find_classifier(config: DemoConfig, env_id: str) -> tuple[OutcomeClassifier 
     """The outcome classifier of the task and "", or None and the reason."""
     if config.classifier is not None:
         return OutcomeClassifier.load(config.classifier), ""
-    for path in sorted(SHIPPED_CLASSIFIERS.glob("outcome-*/config.json")):
+    for path in sorted(SHIPPED_CLASSIFIERS.glob("*/config.json")):
         classifier = OutcomeClassifier.load(path.parent)
         if classifier.env_id == env_id:
             return classifier, ""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from worldloop.files import atomic_path
-from worldloop.rollout_io import write_video
+from worldloop.video import write_video
 
 Picture = npt.NDArray[np.uint8]
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,8 +14,9 @@ import torch
 from worldloop.checkpoint import load_tensors, save_tensors
 from worldloop.config import read_json
 from worldloop.errors import UserError
-from worldloop.files import atomic_path, atomic_write_text
+from worldloop.files import atomic_write_text
 from worldloop.types import Rollout
+from worldloop.video import write_video
 
 _FORMAT = 1
 _REQUIRED = ("actions", "reward", "success", "valid", "seeds", "group_id", "start_pose")
@@ -91,28 +90,3 @@ def _grid(frames_BTHW3: npt.NDArray[np.uint8], most: int = 16) -> Iterable[npt.N
             r, c = divmod(b, wide)
             canvas[r * H : (r + 1) * H, c * W : (c + 1) * W] = rows[b, t]
         yield canvas
-
-
-def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], fps: float) -> None:
-    """Write uint8 pictures [H,W,3] as H.264 yuv420p, which every browser plays; atomic.
-
-    Odd sides lose their last line, as 4:2:0 colour needs even ones.
-    """
-    rate = Fraction(fps).limit_denominator(1000)
-    with (
-        atomic_path(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
-    ):
-        stream: Any = None
-        for picture in pictures:
-            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate)
-                stream.height, stream.width = picture.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": "19", "preset": "veryfast", "x264-params": "threads=1"}
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        if stream is None:
-            raise UserError(f"{path}: no pictures to write")
-        container.mux(stream.encode())

@@ -1,0 +1,1 @@
+../../worldloop/rollout_io.py
