@@ -70,6 +70,44 @@ class KVRing:
             values = [torch.zeros_like(key) for key in keys]
         return cls(sink, window, tokens_per_frame, 0, _Storage(keys, values, 0))
 
+    @classmethod
+    def restore(
+        cls,
+        config: DiTConfig,
+        history: Sequence[KV],
+        *,
+        sink: int,
+        window: int,
+        tokens_per_frame: int,
+        frames: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "KVRing":
+        """The ring that had this `history()` after `frames` latent frames (slot order is kept).
+
+        Raises UserError where the tensors are not those of such a ring.
+        """
+        if not history:
+            raise UserError("KVRing.restore: history is empty")
+        ring = cls.empty(
+            config, history[0][0].shape[0], tokens_per_frame, sink=sink, window=window,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        filled = min(frames, sink + window)
+        if filled and ring._frames_of(history) != filled:
+            raise UserError(
+                f"KVRing.restore: history holds {ring._frames_of(history)} latent frames; "
+                f"expected {filled}"
+            )
+        tokens = filled * tokens_per_frame
+        with torch.inference_mode(False), torch.no_grad():
+            stores = zip(ring.storage.keys, ring.storage.values, history, strict=True)
+            for keys, values, (k, v) in stores:
+                keys[:, :tokens].copy_(k)
+                values[:, :tokens].copy_(v)
+        ring.storage.frames = frames
+        return dataclasses.replace(ring, frames=frames)
+
     @property
     def rows(self) -> int:
         return self.storage.keys[0].shape[0]

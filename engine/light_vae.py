@@ -111,12 +111,18 @@ class LightVAE(nn.Module):
             nn.PixelShuffle(2),
         )
         self._statistics: Tensor
-        statistics = torch.tensor([config.latent_mean, config.latent_std])
+        # On the CPU by name: a module built on the meta device is complete once its parameters
+        # are assigned.
+        statistics = torch.tensor([config.latent_mean, config.latent_std], device="cpu")
         self.register_buffer("_statistics", statistics, persistent=False)
 
     @property
     def latent_channels(self) -> int:
         return self.config.latent_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder[0].weight.dtype  # type: ignore[return-value]
 
     def new_stream(self, batch: int | None = None) -> Stream:
         return Stream(batch=batch)
@@ -143,6 +149,7 @@ class LightVAE(nn.Module):
         B, C, T, H, W = frames.shape
         first = stream is None or not stream.encoder
         self._check_picture(H, W)
+        frames = frames.to(self.dtype)
         if (T - first) % self.temporal or T == 0:
             raise UserError(
                 f"frames: T is {T}; expected {'1 + ' if first else ''}a multiple of {self.temporal}"
@@ -164,9 +171,10 @@ class LightVAE(nn.Module):
         The first latent of a clip gives one frame, every other four. ``only="last"`` decodes the
         newest frame alone, [B,3,1,8h,8w].
         """
-        B, _, F_, h, w = latents.shape
+        B, _, _, h, w = latents.shape
         first = stream is None or not stream.decoder
         self._check_picture(h * self.spatial, w * self.spatial)
+        latents = latents.to(self.dtype)
         kept = latents[:, :, -1:] if only == "last" else latents
         mean, std = self._statistics[:, None, :, None, None]
         raw = kept.transpose(1, 2).flatten(0, 1) * std + mean

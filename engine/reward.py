@@ -48,7 +48,9 @@ class RewardHead(nn.Module):
     def logits(self, latents_BCFHW: Tensor) -> Tensor:
         """Reward before the sigmoid, [B,T] with T = frames_per_latent * F."""
         frames = latents_BCFHW.transpose(1, 2).flatten(0, 1)  # [B*F,C,H,W]
-        tokens = self.token(self.patches(frames).flatten(2).transpose(1, 2))
+        weight: Tensor = self.head[0].weight  # type: ignore[assignment]
+        patches = self.patches(frames.to(weight.dtype))
+        tokens = self.token(patches.flatten(2).transpose(1, 2))
         out: Tensor = self.head(tokens.flatten(1))
         return out.reshape(latents_BCFHW.shape[0], -1)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from worldloop.engine.policy.base import Observation, Policy, PolicyAction, ReplayPolicy
-from worldloop.engine.sampler import derive_seed
+from worldloop.engine.sampler import STREAMING_TIMES, derive_seed
 from worldloop.engine.world_model import Decode, Steps, Timer, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import PathLike
@@ -38,6 +38,9 @@ class RolloutEngine:
                 f"the world model takes chunks of {world.action_spec.chunk} actions, the policy "
                 f"gives {policy.action_spec.chunk}"
             )
+        if steps != "reference" and steps not in STREAMING_TIMES:
+            known = ", ".join(map(str, STREAMING_TIMES))
+            raise UserError(f"steps is {steps!r}; expected {known} or 'reference'")
         self.world, self.policy, self.steps = world, policy, steps
 
     @classmethod
@@ -80,7 +83,10 @@ class RolloutEngine:
         if group_size < 1 or (max_batch is not None and max_batch < group_size):
             raise UserError(
                 f"group_size is {group_size}; expected at least 1 and at most max_batch"
+                f" ({max_batch})"
             )
+        if decode not in ("all", "policy", "none"):
+            raise UserError(f"decode is {decode!r}; expected 'all', 'policy' or 'none'")
         if decode == "none" and self.policy.reads_frames:
             raise UserError("decode is 'none', but the policy looks at frames; use 'policy'")
         groups = len(starts.instructions)
@@ -154,7 +160,8 @@ class RolloutEngine:
                     tuple(first_group * group_size + r for r in rows),
                     k,
                 ),
-                derive_seed(seed, 1, k),
+                # No group has the number -1: never the seed of a member's world noise.
+                derive_seed(seed, -1, k),
             )
             timer.add("policy", clock)
             out, state = self.world.step(
@@ -183,6 +190,7 @@ class RolloutEngine:
         decode: Decode,
     ) -> None:
         T = self.world.action_spec.chunk
+        shape = (len(rows), T, self.world.action_spec.dim)
         time_slice = slice(k * T, (k + 1) * T)
         record["actions"][rows, time_slice] = action.actions
         record["reward"][rows, time_slice] = out.reward
@@ -190,9 +198,12 @@ class RolloutEngine:
         record["success"][rows] |= out.success.any(1)
         for name, value in (("tokens", action.tokens), ("logprobs", action.logprobs)):
             if value is not None:
+                if value.shape != shape:
+                    raise UserError(
+                        f"the policy's {name} has shape {list(value.shape)}; expected {list(shape)}"
+                    )
                 if record[name] is None:
-                    shape = record["actions"].shape
-                    record[name] = np.zeros(shape, value.dtype)
+                    record[name] = np.zeros(record["actions"].shape, value.dtype)
                 record[name][rows, time_slice] = value
         if out.frames is not None:
             if decode == "all":

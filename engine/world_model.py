@@ -35,10 +35,9 @@ from worldloop.checkpoint import (
 )
 from worldloop.config import config_from_dict, config_to_dict
 from worldloop.engine.dit import DiT
-from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.kv_cache import KVRing
 from worldloop.engine.light_vae import LightVAE, LightVAEConfig
-from worldloop.engine.reward import RewardConfig, RewardHead
+from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import (
     STREAMING_TIMES,
     derive_seed,
@@ -48,83 +47,20 @@ from worldloop.engine.sampler import (
     streaming_sample,
 )
 from worldloop.engine.vae import Stream, WanVAE, WanVAEConfig
+from worldloop.engine.world_config import PRESETS, WorldModelConfig
+from worldloop.engine.world_state import WorldState
 from worldloop.errors import UserError
 from worldloop.files import PathLike
-from worldloop.types import Actions, ActionSpec, Chunk, Frames
+from worldloop.types import ActionSpec, Chunk, Frames
+
+__all__ = [
+    "PRESETS", "Decode", "Steps", "Timer", "WorldModel", "WorldModelConfig", "WorldState",
+    "build_autoencoder", "load_autoencoder",
+]  # fmt: skip
 
 Decode = Literal["all", "policy", "none"]
 Steps = int | Literal["reference"]
 Float = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class WorldModelConfig:
-    """Everything beside the weights; what an action means is part of it."""
-
-    dit: DiTConfig
-    reward: RewardConfig
-    autoencoder: LightVAEConfig | WanVAEConfig
-    action_spec: ActionSpec
-    env_ids: tuple[str, ...] = ()
-    reward_threshold: float = 0.9
-    held_frames: int = 2
-    """Consecutive frames above the threshold that make a success."""
-    sink: int = 1
-    window: int = 12
-    """Latent frames of history kept beside the sink."""
-    trained_steps: int = 0
-
-
-@dataclass(frozen=True)
-class WorldState:
-    """Where B imagined episodes stand; rows are episodes.
-
-    ``cursor`` is the number of latent frames so far and ``chunk`` the number of chunks: host
-    integers, so that no step waits for the device.
-    """
-
-    ring: KVRing
-    decoder: Stream
-    last_latent: Tensor  # [B,C,1,h,w]
-    seeds: tuple[int, ...]  # noise seed of each row
-    poses: Float  # [B,A] pose after the last action
-    past_actions: Actions  # [B,<=8,A] the commands a lagging controller still carries out
-    high: npt.NDArray[np.int64]  # [B] consecutive frames above the reward threshold at the end
-    done: npt.NDArray[np.bool_]  # [B] a success was held
-    cursor: int = 1
-    chunk: int = 0
-
-    @property
-    def rows(self) -> int:
-        return len(self.seeds)
-
-    def fork(self, n: int, seeds: Sequence[int] | None = None) -> WorldState:
-        """Each row n times (row b becomes b*n .. b*n+n-1), as n fresh starts with these seeds.
-
-        Without ``seeds`` the copies share their row's world noise.
-        """
-        rows = [row for row in range(self.rows) for _ in range(n)]
-        forked = self.select(rows)
-        if seeds is None:
-            return forked
-        if len(seeds) != len(rows):
-            raise UserError(f"fork: {len(seeds)} seeds for {len(rows)} rows")
-        return dataclasses.replace(forked, seeds=tuple(seeds))
-
-    def select(self, rows: Sequence[int]) -> WorldState:
-        """The given rows, in that order."""
-        index = torch.tensor(list(rows), device=self.last_latent.device)
-        return dataclasses.replace(
-            self,
-            ring=self.ring.select(rows),
-            decoder=self.decoder.select(list(rows)),
-            last_latent=self.last_latent.index_select(0, index),
-            seeds=tuple(self.seeds[row] for row in rows),
-            poses=self.poses[list(rows)],
-            past_actions=self.past_actions[list(rows)],
-            high=self.high[list(rows)],
-            done=self.done[list(rows)],
-        )
 
 
 @dataclass
@@ -152,17 +88,10 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.dit = dit if dit is not None else DiT(config.dit)
-        self.autoencoder = autoencoder if autoencoder is not None else build_autoencoder(
-            config.autoencoder
+        self.autoencoder = (
+            autoencoder if autoencoder is not None else build_autoencoder(config.autoencoder)
         )
         self.reward = reward if reward is not None else RewardHead(config.reward)
-        chunk, each = config.action_spec.chunk, config.dit.actions_per_frame
-        if chunk % each:
-            raise UserError(f"action_spec.chunk is {chunk}; must be a multiple of {each}")
-        if config.dit.action_layout != "per_frame" and config.dit.action_dim:
-            raise UserError("streaming needs action_layout 'per_frame'")
-        if config.window < self.block:
-            raise UserError(f"window is {config.window} latent frames; a chunk has {self.block}")
 
     # ------------------------------------------------------------ facts
 
@@ -177,7 +106,12 @@ class WorldModel(nn.Module):
     @property
     def block(self) -> int:
         """Latent frames of a chunk."""
-        return self.action_spec.chunk // self.config.dit.actions_per_frame
+        return self.config.block
+
+    @property
+    def streams(self) -> bool:
+        """Whether the streaming sampler fits: it needs actions for each latent frame."""
+        return self.config.dit.action_layout == "per_frame"
 
     @property
     def device(self) -> torch.device:
@@ -192,47 +126,67 @@ class WorldModel(nn.Module):
         frames: uint8 [B,1,1,H,W,3] (one view). poses: [B,A] end-effector state (metres, rotation
         vector, gripper). seeds: world noise of each row. Raises UserError naming the argument.
         """
-        spec = self.action_spec
-        if frames.dtype != np.uint8 or frames.ndim != 6 or frames.shape[1:3] != (1, 1):
-            raise UserError(
-                f"frames is {frames.dtype} {list(frames.shape)}; expected uint8 [B,1,1,H,W,3]"
-            )
-        B = len(frames)
-        poses = np.asarray(poses, np.float32)
-        if poses.shape != (B, spec.dim) or not np.isfinite(poses).all():
-            raise UserError(
-                f"poses is {list(poses.shape)}; expected finite [{B}, {spec.dim}] "
-                f"({', '.join(spec.names)})"
-            )
-        if len(seeds) != B:
-            raise UserError(f"seeds has {len(seeds)} entries for {B} start frames")
+        frames, poses = self._check_start(frames, poses, seeds)
+        config, B = self.config, len(frames)
         pixels = torch.from_numpy(frames[:, 0]).to(self.device).permute(0, 4, 1, 2, 3)
         latent, stream = self.autoencoder.encode(pixels.float() / 127.5 - 1)
         _, stream = self.autoencoder.decode(latent, stream, only="last")
-        _, C, _, h, w = latent.shape
-        if self.config.dit.latent_channels != C:
-            raise UserError(f"autoencoder makes {C} channels, the DiT takes "
-                            f"{self.config.dit.latent_channels}")  # fmt: skip
-        out = self.dit(latent, torch.zeros(B, device=self.device), observed_frames=1)
-        ring = KVRing.empty(
-            self.config.dit,
-            B,
-            (h // self.config.dit.patch) * (w // self.config.dit.patch),
-            sink=self.config.sink,
-            window=self.config.window,
-            dtype=self.dit.dtype,
-            device=self.device,
-        ).append(out.kv)
+        ring = None
+        if self.streams:
+            out = self.dit(latent, torch.zeros(B, device=self.device), observed_frames=1)
+            tokens = (latent.shape[3] // config.dit.patch) * (latent.shape[4] // config.dit.patch)
+            ring = KVRing.empty(
+                config.dit,
+                B,
+                tokens,
+                sink=config.sink,
+                window=config.window,
+                dtype=self.dit.dtype,
+                device=self.device,
+            ).append(out.kv)
         return WorldState(
             ring=ring,
             decoder=Stream((), stream.decoder, stream.batch),
             last_latent=latent.float(),
-            seeds=tuple(int(s) for s in seeds),
+            seeds=tuple(int(seed) for seed in seeds),
             poses=poses,
-            past_actions=np.zeros((B, 0, spec.dim), np.float32),
+            past_actions=np.zeros((B, 0, self.action_spec.dim), np.float32),
             high=np.zeros(B, np.int64),
             done=np.zeros(B, bool),
         )
+
+    def _check_start(
+        self, frames: Frames, poses: Float, seeds: Sequence[int]
+    ) -> tuple[Frames, Float]:
+        spec, size = self.action_spec, self.config.picture
+        expected = f"uint8 [B,1,1,{size[0]},{size[1]},3]"
+        if not isinstance(frames, np.ndarray):
+            raise UserError(f"frames is a {type(frames).__name__}; expected a numpy {expected}")
+        if (
+            frames.dtype != np.uint8
+            or frames.ndim != 6
+            or frames.shape[1:] != (1, 1, *size, 3)
+            or not len(frames)
+        ):
+            raise UserError(
+                f"frames is {frames.dtype} {list(frames.shape)}; expected {expected}: one view, "
+                "of the size that this world model was made for"
+            )
+        B = len(frames)
+        poses = np.asarray(poses)
+        if poses.dtype.kind != "f":
+            raise UserError(f"poses has dtype {poses.dtype}; expected a float array")
+        if poses.shape != (B, spec.dim):
+            raise UserError(
+                f"poses has shape {list(poses.shape)}; expected [{B}, {spec.dim}] "
+                f"({', '.join(spec.names)})"
+            )
+        if not np.isfinite(poses).all():
+            b, a = (int(i) for i in np.argwhere(~np.isfinite(poses))[0])
+            raise UserError(f"poses[{b},{a}] ({spec.names[a]}) is {poses[b, a]}; must be finite")
+        if len(seeds) != B:
+            raise UserError(f"seeds has {len(seeds)} entries for {B} start frames")
+        return frames, poses.astype(np.float32)
 
     @torch.inference_mode()
     def step(
@@ -262,27 +216,29 @@ class WorldModel(nn.Module):
             known = ", ".join(map(str, STREAMING_TIMES))
             raise UserError(f"steps is {steps!r}; expected {known} or 'reference'")
         poses = spec.to_absolute(actions, state.poses, state.past_actions)
-        clock = time.perf_counter()
-        last = None
         if steps == "reference":
-            latents, last, state = self._reference(state, poses, timer)
+            latents, frames, last = self._reference(state, poses, decode, timer)
+            ring, decoder = state.ring, state.decoder
         else:
-            latents, state = self._stream(state, poses, int(steps), timer)
+            latents, ring = self._stream(state, poses, int(steps), timer)
+            clock = time.perf_counter()
+            frames, decoder = self._decode(latents, state.decoder, decode)
+            timer.add("decode", clock)
+            last = latents[:, :, -1:]
         clock = time.perf_counter()
         reward = self.reward(latents).cpu().numpy().astype(np.float32)
-        clock = timer.add("reward", clock)
-        frames, decoder = self._decode(latents, state.decoder, decode)
-        timer.add("decode", clock)
+        timer.add("reward", clock)
         success, high = self._held(reward, state.high)
         done = state.done | success.any(1)
         chunk = Chunk(frames, reward, success, done, np.zeros(state.rows, bool))
-        past = np.concatenate([state.past_actions, actions], 1)[:, -8:]
+        past = np.concatenate([state.past_actions, actions], 1)
         return chunk, dataclasses.replace(
             state,
+            ring=ring,
             decoder=decoder,
-            last_latent=latents[:, :, -1:] if last is None else last,
+            last_latent=last,
             poses=poses[:, -1],
-            past_actions=past,
+            past_actions=past[:, max(0, past.shape[1] - spec.lag) :],
             high=high,
             done=done,
             cursor=state.cursor + self.block,
@@ -302,8 +258,18 @@ class WorldModel(nn.Module):
 
     def _stream(
         self, state: WorldState, poses: Float, steps: int, timer: Timer
-    ) -> tuple[Tensor, WorldState]:
+    ) -> tuple[Tensor, KVRing]:
         """Few steps against the cached history, then one clean pass to commit the result."""
+        if state.ring is None:
+            raise UserError(
+                f"steps is {steps}, but action_layout is 'chunk': this model takes the actions "
+                'of a whole chunk as one vector and can only be sampled with steps="reference"'
+            )
+        if state.ring.frames != state.cursor:
+            raise UserError(
+                f"steps is {steps}, but this episode was begun with the reference procedure, "
+                "which keeps no history; go on with it, or start again"
+            )
         clock = time.perf_counter()
         conditioning = self._normalised(poses)
         inputs: dict[str, Any] = {
@@ -317,31 +283,39 @@ class WorldModel(nn.Module):
         commit = self.dit(latents, latents.new_zeros(state.rows), **inputs)
         ring = state.ring.append(commit.kv)
         timer.add("commit", clock)
-        return latents, dataclasses.replace(state, ring=ring)
+        return latents, ring
 
     def _reference(
-        self, state: WorldState, poses: Float, timer: Timer
-    ) -> tuple[Tensor, Tensor, WorldState]:
+        self, state: WorldState, poses: Float, decode: Decode, timer: Timer
+    ) -> tuple[Tensor, Frames | None, Tensor]:
         """As published: the observed latent inside the sequence, 35 steps and one more call.
 
-        Also returns the next chunk's observed latent: the last decoded frame, encoded again.
+        Each chunk is a clip of its own, decoded from its observed latent on; frames are truncated
+        to uint8. Returns the chunk's latents, its frames, and the next chunk's observed latent:
+        the last frame, as uint8, encoded again.
         """
         clock = time.perf_counter()
         noise = self._noise(state)
         noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise], 2)
-        denoise = dit_denoiser(
-            self.dit,
-            self.config.dit.prediction,
-            actions_BTA=self._normalised(poses),
-            first_frame=0,
-            observed_frames=1,
-        )
+        inputs: dict[str, Any] = {"actions_BTA": self._normalised(poses)}
+        if self.streams:
+            inputs["observed_frames"] = 1
+        if self.config.dit.condition_channel:
+            mask = torch.zeros_like(noise[:, :1])
+            mask[:, :, :1] = 1
+            inputs["condition_mask_B1FHW"] = mask
+        denoise = dit_denoiser(self.dit, self.config.dit.prediction, **inputs)
         sample = reference_sample(denoise, noise, observed=state.last_latent)
         clock = timer.add("dit", clock)
-        pixels, _ = self.autoencoder.decode(sample, only="last")
-        observed, _ = self.autoencoder.encode(pixels.float().clamp(-1, 1))
+        only: Literal["last"] | None = None if decode == "all" else "last"
+        pixels, _ = self.autoencoder.decode(sample, only=only)
+        scaled = ((pixels.float() + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
+        clock = timer.add("decode", clock)
+        observed, _ = self.autoencoder.encode(scaled[:, :, -1:].float() / 127.5 - 1)
         timer.add("handover", clock)
-        return sample[:, :, 1:], observed.float(), state
+        made = scaled[:, :, -1:] if only else scaled[:, :, 1:]
+        frames = None if decode == "none" else _frames(made)
+        return sample[:, :, 1:], frames, observed.float()
 
     def _decode(
         self, latents: Tensor, stream: Stream, decode: Decode
@@ -353,8 +327,7 @@ class WorldModel(nn.Module):
         if decode == "none":
             return None, after
         scaled = ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        frames: Frames = scaled.permute(0, 2, 3, 4, 1).unsqueeze(2).cpu().numpy()
-        return frames, after
+        return _frames(scaled), after
 
     def _held(
         self, reward: Float, high: npt.NDArray[np.int64]
@@ -390,7 +363,8 @@ class WorldModel(nn.Module):
         checkpoint = load_checkpoint(resolve_pretrained(name), kind="world_model")
         where = str(checkpoint.folder)
         config = config_from_dict(WorldModelConfig, checkpoint.config, where)
-        world = cls(config)
+        with torch.device("meta"):  # the weights take their places without a random start
+            world = cls(config)
         for part in ("dit", "reward", "autoencoder"):
             if part not in checkpoint.parts:
                 raise UserError(f"{where}: has no {part!r} weights; it is not a whole world model")
@@ -398,15 +372,36 @@ class WorldModel(nn.Module):
         world.to(device=device, dtype=dtype)
         return world.eval()
 
+    @classmethod
+    def from_cosmos(
+        cls, dit: PathLike, autoencoder: PathLike, *, action_spec: ActionSpec, **options: Any
+    ) -> WorldModel:
+        """Published weights (Cosmos ``.pt`` and Wan ``.pth``, or diffusers folders), strict.
+
+        Options and errors: `worldloop.engine.formats.world.load_published`.
+        """
+        from worldloop.engine.formats.world import load_published  # it imports this module
+
+        return load_published(dit, autoencoder, action_spec=action_spec, **options)
+
+
+def _frames(pixels_B3THW: Tensor) -> Frames:
+    """uint8 [B,3,T,H,W] on any device to Frames [B,T,1,H,W,3]."""
+    frames: Frames = pixels_B3THW.permute(0, 2, 3, 4, 1).unsqueeze(2).cpu().numpy()
+    return frames
+
 
 def build_autoencoder(config: LightVAEConfig | WanVAEConfig) -> LightVAE | WanVAE:
+    """The autoencoder of a config, with random weights."""
     return LightVAE(config) if isinstance(config, LightVAEConfig) else WanVAE(config)
 
 
 def load_autoencoder(folder: PathLike) -> LightVAE:
-    """A checkpoint folder of `worldloop train autoencoder`."""
+    """A checkpoint folder of `worldloop train autoencoder`; raises UserError naming it."""
     checkpoint = load_checkpoint(folder, kind="light_vae")
     config = config_from_dict(LightVAEConfig, checkpoint.config, str(folder))
+    if "model" not in checkpoint.parts:
+        raise UserError(f"{folder}: has no 'model' weights; it is not a whole autoencoder")
     model = LightVAE(config)
     load_into(model, checkpoint.parts["model"], str(folder))
     return model.eval()

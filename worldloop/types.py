@@ -131,7 +131,7 @@ class ActionSpec:
                 "ActionSpec.controller is missing, so delta poses cannot be made absolute; "
                 "fit it with `worldloop data stats`"
             )
-        lag = max(len(self.controller.position_taps), len(self.controller.rotation_taps)) - 1
+        lag = self.lag
         pad = np.zeros((actions_BTA.shape[0], lag, self.dim), np.float32)
         if history_BTA is not None and history_BTA.shape[1]:
             keep = history_BTA[:, -lag:] if lag else history_BTA[:, :0]
@@ -151,6 +151,13 @@ class ActionSpec:
         pose[..., 3:6] = start[..., 3:6] + moved(self.controller.rotation_taps, slice(3, 6))
         pose[..., 6] = actions_BTA[..., 6]
         return pose
+
+    @property
+    def lag(self) -> int:
+        """How many past actions `to_absolute` needs: those a controller still carries out."""
+        if self.kind == "absolute_pose" or self.controller is None:
+            return 0
+        return max(len(self.controller.position_taps), len(self.controller.rotation_taps)) - 1
 
     def to_dict(self) -> dict[str, Any]:
         return config_to_dict(self)

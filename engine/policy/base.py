@@ -36,6 +36,9 @@ class Policy(Protocol):
     """Acts one chunk at a time on a batch of episodes.
 
     ``reads_frames`` False says that ``act`` does not look at the pictures, so none need be made.
+    ``seed`` of ``act`` is that of the chunk. A policy that samples draws each row's noise from
+    ``derive_seed(seed, episode)`` of its entry in ``observation.episodes``: rows leave the batch
+    and come in batches of any size, and an episode must not depend on that.
     """
 
     @property

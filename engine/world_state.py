@@ -1,0 +1,169 @@
+"""Where B imagined episodes stand: passed into `WorldModel.step` and handed back by it.
+
+Shape letters: B rows (episodes), C latent channels, h w latent sides, A action dim, T actions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from worldloop.checkpoint import load_checkpoint, save_checkpoint
+from worldloop.engine.kv_cache import KVRing
+from worldloop.engine.vae import Stream
+from worldloop.errors import UserError
+from worldloop.files import PathLike
+from worldloop.types import Actions
+
+if TYPE_CHECKING:
+    from worldloop.engine.world_model import WorldModel
+
+KIND = "world_state"
+
+
+@dataclass(frozen=True)
+class WorldState:
+    """Rows are episodes.
+
+    ``cursor`` is the number of latent frames so far and ``chunk`` the number of chunks: host
+    integers, so that no step waits for the device. ``ring`` is None for a model that can only be
+    sampled by the reference procedure.
+    """
+
+    ring: KVRing | None
+    decoder: Stream
+    last_latent: Tensor  # [B,C,1,h,w] fp32
+    seeds: tuple[int, ...]  # noise seed of each row
+    poses: npt.NDArray[np.float32]  # [B,A] pose after the last action
+    past_actions: Actions  # [B,<=lag,A] the commands a lagging controller still carries out
+    high: npt.NDArray[np.int64]  # [B] consecutive frames above the reward threshold at the end
+    done: npt.NDArray[np.bool_]  # [B] a success was held
+    cursor: int = 1
+    chunk: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.seeds)
+
+    def fork(self, n: int, seeds: Sequence[int] | None = None) -> WorldState:
+        """Each row n times (row b becomes b*n .. b*n+n-1), as n fresh starts with these seeds.
+
+        Without ``seeds`` the copies share their row's world noise. Raises UserError.
+        """
+        if n < 1:
+            raise UserError(f"fork: n is {n}; expected at least 1")
+        rows = [row for row in range(self.rows) for _ in range(n)]
+        if seeds is not None and len(seeds) != len(rows):
+            raise UserError(f"fork: seeds has {len(seeds)} entries for {len(rows)} rows")
+        forked = self.select(rows)
+        if seeds is None:
+            return forked
+        return dataclasses.replace(forked, seeds=tuple(int(seed) for seed in seeds))
+
+    def select(self, rows: Sequence[int]) -> WorldState:
+        """The given rows, in that order (repeats allowed); everything is copied."""
+        rows = list(rows)
+        if not rows or not all(0 <= row < self.rows for row in rows):
+            raise UserError(f"select: rows {rows}; expected some of 0..{self.rows - 1}")
+        index = torch.tensor(rows, device=self.last_latent.device)
+        return dataclasses.replace(
+            self,
+            ring=None if self.ring is None else self.ring.select(rows),
+            decoder=self.decoder.select(rows),
+            last_latent=self.last_latent.index_select(0, index),
+            seeds=tuple(self.seeds[row] for row in rows),
+            poses=self.poses[rows],
+            past_actions=self.past_actions[rows],
+            high=self.high[rows],
+            done=self.done[rows],
+        )
+
+    # ------------------------------------------------------------ on disk
+
+    def save(self, folder: PathLike) -> Path:
+        """Write the state as one folder (safetensors and JSON); old or new, never a mixture."""
+        tensors = {"last_latent": self.last_latent}
+        for name in ("poses", "past_actions", "high", "done"):
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+        tensors |= {f"decoder.{i}": slot for i, slot in enumerate(self.decoder.decoder)}
+        ring = self.ring
+        if ring is not None:
+            for i, (k, v) in enumerate(ring.history()):
+                tensors |= {f"ring.{i}.k": k, f"ring.{i}.v": v}
+        facts = {
+            "seeds": list(self.seeds),
+            "cursor": self.cursor,
+            "chunk": self.chunk,
+            "decoder_slots": len(self.decoder.decoder),
+            "ring": None
+            if ring is None
+            else {
+                "sink": ring.sink,
+                "window": ring.window,
+                "tokens_per_frame": ring.tokens_per_frame,
+                "frames": ring.frames,
+            },
+        }
+        return save_checkpoint(folder, {"state": tensors}, facts, kind=KIND)
+
+    @classmethod
+    def load(cls, folder: PathLike, world: WorldModel) -> WorldState:
+        """Read a state that `save` wrote, onto the device of the world model that continues it.
+
+        The world model must be the one that made it: sizes are compared, weights are not.
+        Raises UserError naming the folder.
+        """
+        checkpoint = load_checkpoint(folder, kind=KIND)
+        facts, tensors = checkpoint.config, checkpoint.parts.get("state", {})
+        config, device = world.config, world.device
+        try:
+            last = tensors["last_latent"].to(device)
+            seeds, cursor = tuple(int(seed) for seed in facts["seeds"]), int(facts["cursor"])
+            shape = (len(seeds), config.dit.latent_channels, 1, *config.reward.grid)
+            if tuple(last.shape) != shape:
+                raise UserError(
+                    f"{folder}: last_latent has shape {list(last.shape)}, the world model's is "
+                    f"{list(shape)}; load it with the world model that made it"
+                )
+            ring = None
+            if facts["ring"] is not None:
+                pairs = [
+                    (tensors[f"ring.{i}.k"], tensors[f"ring.{i}.v"])
+                    for i in range(sum(name.endswith(".k") for name in tensors))
+                ]
+                ring = KVRing.restore(
+                    config.dit, pairs, **facts["ring"], dtype=world.dit.dtype, device=device
+                )
+                if (ring.sink, ring.window) != (config.sink, config.window):
+                    raise UserError(
+                        f"{folder}: sink {ring.sink} and window {ring.window}, the world model "
+                        f"has {config.sink} and {config.window}"
+                    )
+            slots = tuple(tensors[f"decoder.{i}"].to(device) for i in range(facts["decoder_slots"]))
+            return cls(
+                ring=ring,
+                decoder=Stream((), slots, len(seeds)),
+                last_latent=last,
+                seeds=seeds,
+                poses=tensors["poses"].numpy(),
+                past_actions=tensors["past_actions"].numpy(),
+                high=tensors["high"].numpy(),
+                done=tensors["done"].numpy(),
+                cursor=cursor,
+                chunk=int(facts["chunk"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: not a whole world state ({error}); save it again"
+            ) from error
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if str(folder) in text else f"{folder}: {text}") from error
