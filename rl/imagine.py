@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from worldloop.cli import parse_config
@@ -56,8 +57,9 @@ def imagine(config: ImagineConfig) -> Rollout:
     steps: int | Literal["reference"] = (
         "reference" if config.steps == "reference" else int(config.steps)
     )
-    engine = RolloutEngine(world, ReplayPolicy(real.actions, world.action_spec), steps=steps)
-    rows, horizon = len(real.episodes) * config.group_size, real.actions.shape[1]
+    actions = np.repeat(real.actions, config.group_size, 0)  # a row for each member of a group
+    engine = RolloutEngine(world, ReplayPolicy(actions, world.action_spec), steps=steps)
+    rows, horizon = actions.shape[:2]
     with Progress(rows * horizon, "imagine", unit="frame") as progress:
         rollout = engine.rollout(
             real.starts,
