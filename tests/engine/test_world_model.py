@@ -128,13 +128,9 @@ def test_cached_rollout_equals_full_recompute(small, monkeypatch, kind, steps):
 
 @pytest.mark.parametrize(("sink", "window"), [(1, 2), (1, 3), (0, 4), (2, 2)])
 @pytest.mark.parametrize("prediction", ["sample", "velocity"])
-def test_overwriting_the_ring_equals_a_sliding_window(
-    small, monkeypatch, sink, window, prediction
-):
+def test_overwriting_the_ring_equals_a_sliding_window(small, monkeypatch, sink, window, prediction):
     config = small.config_of(sink=sink, window=window)
-    config = dataclasses.replace(
-        config, dit=dataclasses.replace(config.dit, prediction=prediction)
-    )
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, prediction=prediction))
     world = small.world_of(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     inputs = (small.frames_of(1), small.poses_of(1), small.actions_of(1, 48))  # 12 latent frames
     _, made, state = generate(world, small, *inputs, (9,), steps=2)
@@ -643,9 +639,7 @@ def test_presets_have_the_published_sizes():
     assert count(models["2b"].autoencoder) == 126_892_531
     assert count(models["14b"].autoencoder) == 126_892_531
     with torch.device("meta"):
-        plain = type(models["14b"].dit)(
-            dataclasses.replace(models["14b"].config.dit, action_dim=0)
-        )
+        plain = type(models["14b"].dit)(dataclasses.replace(models["14b"].config.dit, action_dim=0))
     hidden, out = 4 * 5120, 5120 + 3 * 5120
     embedder = 2 * (84 * hidden + hidden) + hidden * out + out
     assert count(models["14b"].dit) == count(plain) + embedder
@@ -724,13 +718,9 @@ def test_published_actions_reach_the_embedder_times_20(small):
     actions = small.actions_of(1, 12)
     seen = []
     dit.action_embedder_B_D.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    config = small.config_of(
-        "wan", dit=dit.config, autoencoder=vae.config, action_spec=spec
-    )
+    config = small.config_of("wan", dit=dit.config, autoencoder=vae.config, action_spec=spec)
     world = WorldModel(config, dit, vae)
-    world.step(
-        world.start(small.frames_of(1), small.poses_of(1), (1,)), actions, steps="reference"
-    )
+    world.step(world.start(small.frames_of(1), small.poses_of(1), (1,)), actions, steps="reference")
     factor = np.array([20] * 6 + [1], np.float32)
     np.testing.assert_allclose(seen[0].reshape(12, 7), actions[0] * factor, rtol=1e-6)
 
@@ -756,7 +746,7 @@ def test_diffusers_folders_become_a_world_model(small, tmp_path):
     with torch.no_grad():
         expected = dit(x, t).sample
         made = world.dit(x, t, torch.randn(1, 8, 7), observed_frames=1).sample
-    assert torch.equal(made, expected)
+    assert small.relative(made, expected) < 1e-6
     for steps in (4, "reference"):
         state = world.start(small.frames_of(1), small.poses_of(1), (1,))
         chunk, _ = world.step(state, small.actions_of(1, 8), steps=steps)
@@ -777,7 +767,7 @@ def test_published_files_that_do_not_fit_are_refused(small, tmp_path):
         load(picture=(24, 32))
     with pytest.raises(UserError, match=r"model\.pt: .*takes 84 values"):
         load(action_spec=ActionSpec(chunk=24))
-    with pytest.raises(UserError, match=r"model\.pt"):
+    with pytest.raises(UserError, match=r"tokenizer\.pth: no keys with prefix"):
         load(parts=(good[1], good[0]))
     with pytest.raises(UserError, match=r"no\.pt: no such file"):
         load(parts=(tmp_path / "no.pt", good[1]))
