@@ -7,6 +7,7 @@ with the actions of other episodes, to see that the world follows actions rather
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from worldloop.config import config_to_dict
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
 from worldloop.metrics import Comparison, compare_rollout, lpips, mse, psnr_of_mse
 from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
 from worldloop.rl.held_out import HeldOut, load_held_out
@@ -312,9 +314,20 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> dict[str, An
         values["peak_memory_mb"] = peak_memory_mb()
         values["targets"] = targets(values)
         write_report(folder, values, comparison, pairs, sheets, config.videos)
-        text = json.dumps(values, indent=2, default=float) + "\n"
-        (folder / "summary.json").write_text(text, encoding="utf-8")
+        text = json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
+        atomic_write_text(folder / "summary.json", text)
     return values
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither nan nor infinity nor numpy's numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drawn(
