@@ -47,7 +47,14 @@ setup(
     package_dir=PACKAGES,
     packages=list(PACKAGES),
     package_data={
-        "worldloop": ["py.typed", "weights/**/*.safetensors", "weights/**/*.json"],
+        "worldloop": [
+            "py.typed",
+            "weights/**/*.safetensors",
+            "weights/**/*.json",
+            "data/**/*.json",
+            "data/**/*.parquet",
+            "data/**/*.mp4",
+        ],
         "worldloop.kernels": ["csrc/*"],
         "worldloop.bench": ["results/*.json"],
     },
@@ -79,6 +86,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "triton>=3.6,<3.8; sys_platform == 'linux'",  # kernels run on CPU, interpreted
+            "scikit-image>=0.24",  # outside reference of SSIM, in tests only
             "diffusers>=0.42,<0.43",  # outside reference in tests only
             "transformers>=5.16,<5.20",
             "accelerate>=1.10",
