@@ -368,7 +368,7 @@ class WorldModel(nn.Module):
         for part in ("dit", "reward", "autoencoder"):
             if part not in checkpoint.parts:
                 raise UserError(f"{where}: has no {part!r} weights; it is not a whole world model")
-            # Copies: a loaded tensor is a map of the file, unaligned, and gone if that is cut short.
+            # Copies: a loaded tensor is a map of the file, unaligned, and lost if that is cut.
             tensors = {k: tensor.clone() for k, tensor in checkpoint.parts.pop(part).items()}
             load_into(getattr(world, part), tensors, f"{where} ({part})")
         world.to(device=device, dtype=dtype)

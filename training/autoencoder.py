@@ -7,6 +7,7 @@ tolerant of what the diffusion model will not get exactly right.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "threads", "save_every"):
+        for name in ("steps", "batch", "threads", "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
         if self.freeze_encoder and self.init is None:
@@ -143,7 +144,9 @@ def evaluate(model: LightVAE, groups: Tensor) -> tuple[float, Tensor]:
 
 
 def train(config: AutoencoderConfig) -> Path:
-    """Train until ``config.steps``; returns the checkpoint folder."""
+    """Train until ``config.steps``; returns the folder of the run (its ``model`` is loaded)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the autoencoder trains in one process; start it without torchrun")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = device_for(config.device)
@@ -156,6 +159,11 @@ def train(config: AutoencoderConfig) -> Path:
         model.background.data.copy_(median_background(data))
     else:
         model = load_autoencoder(config.init).train()
+        if model.config.picture != data.frames.shape[2:4]:
+            raise UserError(
+                f"{config.init}: its background is {model.config.picture}, the frames of "
+                f"{config.data} are {data.frames.shape[2:4]}; they must agree"
+            )
     if config.freeze_encoder:  # the background belongs to the encoder: it is subtracted first
         model.encoder.requires_grad_(False)
         model.background.requires_grad_(False)
@@ -199,7 +207,6 @@ def train(config: AutoencoderConfig) -> Path:
                 with ema.applied(model), autocast(device, config.precision):
                     held, pictures = evaluate(model, held_groups)
                     write_checkpoint(model, data, config)
-                save_state(config.out / "state", model, optimizer, ema, step)
                 run.log(
                     step,
                     loss=float(loss.detach()),
@@ -209,6 +216,8 @@ def train(config: AutoencoderConfig) -> Path:
                 )
                 errors = []
                 write_samples(held_groups, pictures, config.out / "samples" / f"{step:06d}.png")
+                # Last: a run killed before this line does these steps and their row again.
+                save_state(config.out / "state", model, optimizer, ema, step)
                 progress.write(f"step {step}: held-out PSNR {held:.2f} dB")
     run.close()
     return config.out

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from worldloop.checkpoint import load_training_state, save_training_state
+from worldloop.checkpoint import load_into, load_training_state, save_training_state
+from worldloop.errors import UserError
 
 
 def device_for(name: str) -> torch.device:
@@ -36,7 +37,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast for ``bf16``, or for ``auto`` where the machine has it; else fp32."""
     if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision is {precision!r}; expected auto, bf16 or fp32")
+        raise UserError(f"precision is {precision!r}; expected auto, bf16 or fp32")
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -101,6 +102,15 @@ class Workers:
             grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
             offset += grad.numel()
 
+    def from_first(self, value: int) -> int:
+        """The first process's value, on every process; they wait for it."""
+        if self.size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        shared = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.broadcast(shared, 0)
+        return int(shared.item())
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -124,7 +134,9 @@ def load_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema:
     if found is None:
         return 0
     state, meta = found
-    module.load_state_dict(state["model"])
+    load_into(module, state["model"], f"{folder}: the run to resume")
+    if state["ema"].keys() != ema.shadow.keys():
+        raise UserError(f"{folder}: averages other parameters than this run; use another folder")
     opt.load_state_dict(state["optimizer"])
     for name, value in state["ema"].items():
         ema.shadow[name].copy_(value)

@@ -21,10 +21,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from worldloop.checkpoint import file_sha256, load_checkpoint
-from worldloop.config import read_json
+from worldloop.checkpoint import file_sha256, load_checkpoint, load_into
+from worldloop.config import config_from_dict, read_json
 from worldloop.engine.dit import DiT
-from worldloop.engine.dit_config import PRESETS
+from worldloop.engine.dit_config import PRESETS, DiTConfig
 from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.sampler import add_noise, to_x0
 from worldloop.engine.world_model import WorldModel, WorldModelConfig, load_autoencoder
@@ -36,11 +36,12 @@ from worldloop.training.common import (
     Workers,
     autocast,
     device_for,
-    learning_rate,
     load_state,
     save_state,
 )
 from worldloop.training.data import EpisodeArrays, load_arrays, object_weight
+from worldloop.training.optimizer import MuonAdamW
+from worldloop.training.samples import write_sample_video
 
 Float = npt.NDArray[np.float32]
 
@@ -83,14 +84,19 @@ class WorldModelTraining:
     precision: str = "auto"
     save_every: int = 100
     init: Path | None = None
-    """Start from this world-model checkpoint (fine-tuning)."""
+    """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics."""
+    sample_every: int = 500
+    """Steps between sample videos (samples/*.mp4: real | imagined, two held-out episodes); 0: none.
+    """
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "threads", "save_every"):
+        for name in ("steps", "batch", "threads", "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.sample_every < 0:
+            raise UserError(f"sample_every is {self.sample_every}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. 1")
@@ -105,11 +111,12 @@ def latent_cache(data: EpisodeArrays, root: Path, autoencoder: Path) -> npt.NDAr
 
     The file's name holds the hash of the autoencoder's weights: another one gets another cache.
     """
+    model = load_autoencoder(autoencoder)  # first, so that a foreign folder is named
     weights = read_json(autoencoder / "config.json")["files"]["model"]
     digest = file_sha256(autoencoder / weights)[:12]
     path = root / ".cache" / f"latents-{data.key}-{digest}.npy"
     if not path.exists():
-        model = load_autoencoder(autoencoder).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         out: Any = None  # a memory map
         try:
@@ -229,9 +236,7 @@ def training_loss(
         t = sample_times(config, B).to(device)
         noise = torch.randn_like(x0)
         x_t = add_noise(x0, noise, t[:, None].expand(-1, each))
-        out = dit(
-            x_t, t, poses, first_frame=frames.start, history=past, return_kv=False
-        ).sample
+        out = dit(x_t, t, poses, first_frame=frames.start, history=past, return_kv=False).sample
         x0_hat = to_x0(dit.config.prediction, out, x_t, t[:, None].expand(-1, each))
         error = (x0_hat - x0).square()
         weight = batch.weight[:, :, frames.start - 1 : frames.stop - 1]
@@ -261,53 +266,6 @@ def training_loss(
     }
 
 
-# ---------------------------------------------------------------- optimiser
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the hidden matrices, AdamW for embeddings, heads and vectors, as one optimiser."""
-
-    def __init__(self, model: nn.Module, config: WorldModelTraining) -> None:
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            hidden = parameter.ndim == 2 and ".blocks." in f".{name}"
-            (matrices if hidden else others).append(parameter)
-        self.muon = torch.optim.Muon(
-            matrices,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=0.95,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self.adamw = torch.optim.AdamW(
-            others, lr=config.lr_vectors, betas=(0.9, 0.98), weight_decay=config.weight_decay
-        )
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
-        self.bases = [config.lr, config.lr_vectors]
-
-    def schedule(self, step: int, steps: int) -> float:
-        for group, base in zip(self.param_groups, self.bases, strict=True):
-            group["lr"] = learning_rate(step, steps, base)
-        return float(self.param_groups[0]["lr"])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.muon.step()
-        self.adamw.step()
-
-    def state_dict(self) -> dict[str, object]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.muon.load_state_dict(state["muon"])  # type: ignore[arg-type]
-        self.adamw.load_state_dict(state["adamw"])  # type: ignore[arg-type]
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -317,33 +275,36 @@ def train(config: WorldModelTraining) -> Path:
     torch.manual_seed(config.seed)
     device = device_for(config.device)
     workers = Workers(device)
+    count = 0
     if workers.rank == 0:
         data = load_arrays(config.data, config.limit)
         latents = latent_cache(data, config.data, config.autoencoder)
-    workers.barrier()
+        count = len(data)
+    # Collection may go on meanwhile: every process must see the very same episodes.
+    count = workers.from_first(count)
     if workers.rank:
-        data = load_arrays(config.data, config.limit)
+        data = load_arrays(config.data, count)
         latents = latent_cache(data, config.data, config.autoencoder)
     if len(data) <= config.held_out:
         raise UserError(f"held_out is {config.held_out}; {config.data} has {len(data)} episodes")
+    base, start = None, None
+    if config.init is not None:
+        base, start = load_start(config.init)
+        base.action_spec.require_same(data.action_spec, str(config.init), str(config.data))
+        # The weights know poses by the statistics that they were trained with.
+        spec = replace(
+            data.action_spec,
+            pose_mean=base.action_spec.pose_mean,
+            pose_std=base.action_spec.pose_std,
+        )
+        data = replace(data, action_spec=spec)
     batches = Batches(data, latents, config)
-    sizes = PRESETS[config.preset]()
-    sizes = replace(
-        sizes,
-        width=config.width or sizes.width,
-        depth=config.depth or sizes.depth,
-        latent_channels=latents.shape[2],
-        action_dim=data.action_spec.dim,
-    )
-    if sizes.learned_positions is not None:
-        grid = (latents.shape[3] // sizes.patch, latents.shape[4] // sizes.patch)
-        sizes = replace(sizes, learned_positions=grid)
+    sizes = dit_sizes(config, data, latents.shape[2:], base)
     reward = RewardConfig(latent_channels=latents.shape[2], grid=latents.shape[3:5])
     model = Trainee(DiT(sizes), RewardHead(reward)).to(device)
-    if config.init is not None:
-        start = load_checkpoint(config.init, kind="world_model").parts
-        model.dit.load_state_dict(start["dit"])
-        model.reward.load_state_dict(start["reward"])
+    if start is not None:
+        for part, module in (("dit", model.dit), ("reward", model.reward)):
+            load_into(module, start[part], f"{config.init} ({part})")
     optimizer = MuonAdamW(model, config)
     ema = EMA(model, config.ema)
     step = load_state(config.out / "state", model, optimizer, ema)
@@ -375,45 +336,97 @@ def train(config: WorldModelTraining) -> Path:
                 episodes = config.batch * workers.size * len(seen)
                 seen = []
                 if workers.rank == 0:
-                    save_state(config.out / "state", model, optimizer, ema, step)
                     with ema.applied(model):
                         with torch.no_grad(), autocast(device, config.precision):
                             torch.manual_seed(1)
                             pure = replace(config, pure_noise=1.0)
                             check = training_loss(model, held, pure, chunk, True)
-                        save_world_model(model, data, config, step)
+                        world_of(model, data, config, step, base).save(config.out / "model")
                     row |= {f"held_out_{k}": float(v) for k, v in check.items()}
                     run.log(step, row | {"lr": rate, "episodes_per_second": episodes / seconds})
+                    # Last: a run killed before this line does these steps and their row again.
+                    save_state(config.out / "state", model, optimizer, ema, step)
                     progress.write(
                         f"step {step}: flow {row['flow']:.4f}, held-out one-step flow "
                         f"{row['held_out_flow']:.4f} (last chunk {row['held_out_flow_last']:.4f}), "
                         f"reward {row['held_out_reward']:.4f}, {episodes / seconds:.2f} episodes/s"
                     )
                 workers.barrier()
+            if config.sample_every and step % config.sample_every == 0 and workers.rank == 0:
+                with ema.applied(model):
+                    world = world_of(model, data, config, step, base)
+                    shown = range(len(data) - min(2, config.held_out), len(data))
+                    path = config.out / "samples" / f"{step:06d}.mp4"
+                    write_sample_video(world.to(device), data, shown, path)
     run.close()
     workers.close()
     return config.out / "model"
 
 
-def save_world_model(
-    model: Trainee, data: EpisodeArrays, config: WorldModelTraining, step: int
-) -> None:
-    """The whole world model as one checkpoint folder: DiT, reward head and autoencoder."""
+def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tensor]]]:
+    """Configuration and weights of the world model to start from; raises UserError naming it."""
+    checkpoint = load_checkpoint(folder, kind="world_model")
+    for part in ("dit", "reward"):
+        if part not in checkpoint.parts:
+            raise UserError(f"{folder}: has no {part!r} weights; it is not a whole world model")
+    return config_from_dict(WorldModelConfig, checkpoint.config, str(folder)), checkpoint.parts
+
+
+def dit_sizes(
+    config: WorldModelTraining,
+    data: EpisodeArrays,
+    latent_CHW: tuple[int, ...],
+    base: WorldModelConfig | None,
+) -> DiTConfig:
+    """The transformer's sizes: the preset's or the starting checkpoint's, fitted to the data."""
+    sizes = PRESETS[config.preset]() if base is None else base.dit
+    channels, height, width = latent_CHW
+    changes: dict[str, Any] = {
+        "width": config.width or sizes.width,
+        "depth": config.depth or sizes.depth,
+        "latent_channels": channels,
+        "action_dim": data.action_spec.dim,
+    }
+    if sizes.learned_positions is not None:
+        changes["learned_positions"] = (height // sizes.patch, width // sizes.patch)
+    fitted = replace(sizes, **changes)
+    if base is not None and fitted != sizes:
+        unlike = [name for name in changes if getattr(fitted, name) != getattr(sizes, name)]
+        raise UserError(
+            f"{config.init}: its {unlike[0]} is {getattr(sizes, unlike[0])}, this run's "
+            f"{getattr(fitted, unlike[0])}; start from a checkpoint of the same sizes"
+        )
+    return fitted
+
+
+def world_of(
+    model: Trainee,
+    data: EpisodeArrays,
+    config: WorldModelTraining,
+    step: int,
+    base: WorldModelConfig | None = None,
+) -> WorldModel:
+    """The whole world model: the trained parts (shared, not copied) and their autoencoder."""
     autoencoder = load_autoencoder(config.autoencoder)
-    world = WorldModel(
-        WorldModelConfig(
-            dit=model.dit.config,
-            reward=model.reward.config,
-            autoencoder=autoencoder.config,
-            action_spec=data.action_spec,
-            env_ids=(data.env_id,),
-            trained_steps=step,
-        ),
-        model.dit,
-        autoencoder,
-        model.reward,
+    new = WorldModelConfig(
+        dit=model.dit.config,
+        reward=model.reward.config,
+        autoencoder=autoencoder.config,
+        action_spec=data.action_spec,
+        env_ids=(data.env_id,),
+        trained_steps=step,
     )
-    world.save(config.out / "model")
+    if base is not None:
+        new = replace(
+            new,
+            env_ids=tuple(dict.fromkeys([*base.env_ids, data.env_id])),
+            reward_threshold=base.reward_threshold,
+            held_frames=base.held_frames,
+            sink=base.sink,
+            window=base.window,
+            trained_steps=base.trained_steps + step,
+        )
+    return WorldModel(new, model.dit, autoencoder, model.reward)
 
 
 def main(argv: list[str]) -> int:

@@ -24,8 +24,8 @@ from worldloop.engine.light_vae import LightVAEConfig
 from worldloop.engine.sampler import STREAMING_TIMES, derive_seed, noise_for, reference_sample
 from worldloop.engine.vae import PRESETS as WAN_PRESETS
 from worldloop.engine.vae import WanVAE, WanVAEConfig
-from worldloop.engine.world_config import published_actions
 from worldloop.engine.world_config import preset as preset_of
+from worldloop.engine.world_config import published_actions
 from worldloop.engine.world_model import (
     PRESETS,
     WorldModel,
