@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 VERBS: dict[str, tuple[str, str]] = {
     "collect": ("worldloop.rl.collect:main", "collect episodes in a simulator"),
-    "data": ("worldloop.training.data:main", "show, check and prepare datasets"),
+    "data": ("worldloop.training.dataset_card:main", "show, check and measure datasets"),
     "train autoencoder": ("worldloop.training.autoencoder:main", "fit the frame autoencoder"),
     "train world-model": ("worldloop.training.world_model:main", "fit the world model"),
+    "train outcome": ("worldloop.training.outcome:main", "fit the judge of final frames"),
+    "train curves": ("worldloop.training.curves:main", "draw a run's metrics as a picture"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "demo": ("worldloop.rl.demo:main", "imagine held-out real episodes and write a report"),
     "version": ("worldloop.cli:version", "print the versions that matter"),
