@@ -128,7 +128,8 @@ class WorldModel(nn.Module):
         """
         frames, poses = self._check_start(frames, poses, seeds)
         config, B = self.config, len(frames)
-        pixels = torch.from_numpy(frames[:, 0]).to(self.device).permute(0, 4, 1, 2, 3)
+        # A copy: frames may be a read-only memory map.
+        pixels = torch.from_numpy(frames[:, 0].copy()).to(self.device).permute(0, 4, 1, 2, 3)
         latent, stream = self.autoencoder.encode(pixels.float() / 127.5 - 1)
         _, stream = self.autoencoder.decode(latent, stream, only="last")
         ring = None

@@ -86,6 +86,27 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def generate(world, frames, poses, actions, seeds, **options):
+    """(chunks, latents) of a rollout through start and step."""
+    latents = Latents(world)
+    state = world.start(frames, poses, seeds)
+    out = []
+    T = world.action_spec.chunk
+    for k in range(actions.shape[1] // T):
+        chunk, state = world.step(state, actions[:, k * T : (k + 1) * T], **options)
+        out.append(chunk)
+    return out, latents.chunks, state
+
+
+def assert_same_chunk(a, b, levels: int = 0, reward: float = 1e-5) -> None:
+    np.testing.assert_allclose(a.reward, b.reward, rtol=0, atol=reward)
+    if a.frames is None:
+        assert b.frames is None
+    else:
+        difference = np.abs(a.frames.astype(int) - b.frames.astype(int))
+        assert difference.max() <= levels
+
+
 def with_spec(config: WorldModelConfig, **changes) -> WorldModelConfig:
     spec = dataclasses.replace(config.action_spec, **changes)
     return dataclasses.replace(config, action_spec=spec)
@@ -96,5 +117,5 @@ def small() -> SimpleNamespace:
     """The functions above; test modules cannot import each other."""
     torch.set_num_threads(1)
     names = (config_of, randomise, world_of, frames_of, poses_of, actions_of, Latents, relative,
-             with_spec)  # fmt: skip
+             with_spec, generate, assert_same_chunk)  # fmt: skip
     return SimpleNamespace(SPEC=SPEC, SIDE=SIDE, **{f.__name__: f for f in names})
