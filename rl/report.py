@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worldloop.errors import UserError
-from worldloop.files import atomic_write_text, disk_error
+from worldloop.files import atomic_write_text, disk_error, process_alive
 from worldloop.metrics import Comparison
 from worldloop.rl.pictures import Pair, outcome
 
@@ -133,7 +133,7 @@ def replaced_folder(out: Path) -> Iterator[Path]:
     new = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
-        shutil.rmtree(new, ignore_errors=True)
+        _sweep(out)
         new.mkdir(parents=True)
         yield new
         if out.exists():
@@ -146,6 +146,18 @@ def replaced_folder(out: Path) -> Iterator[Path]:
             old.rename(out)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Clear up after killed runs: their new folders go, a report they had moved aside returns."""
+    for path in out.parent.glob(f".{out.name}.*"):
+        process, _, kind = path.name.removeprefix(f".{out.name}.").partition(".")
+        if not process.isdigit() or kind not in ("tmp", "old") or process_alive(int(process)):
+            continue
+        if kind == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- curves

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.errors import UserError
-from worldloop.files import atomic_write_text, disk_error, fsync_path
+from worldloop.files import atomic_write_text, disk_error, fsync_path, process_alive
 from worldloop.lerobot import (
     DATA,
     EPISODES,
@@ -203,7 +203,7 @@ class EpisodeWriter:
         """Remove what killed writers of this machine left; the lock is held."""
         for folder in self.root.glob(f"{_STAGING}*"):
             number = folder.name.removeprefix(_STAGING)
-            if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+            if number.isdigit() and not process_alive(int(number)):
                 shutil.rmtree(folder, ignore_errors=True)
         for file in (self.root / "meta").glob(".*.tmp"):  # only lock holders write these
             file.unlink(missing_ok=True)
@@ -230,16 +230,6 @@ class EpisodeWriter:
             rows = pq.read_table(self.root / DATA.format(**place_of(shard)))
             stats, before = merged_stats(stats, rows, before), before + rows.num_rows
         return stats
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class EpisodeDataset:

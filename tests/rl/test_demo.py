@@ -205,6 +205,17 @@ def test_an_error_keeps_the_earlier_report(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    dead = 2**22 + 1  # above the largest process number
+    for name in (f".demo.{dead}.tmp", f".demo.{dead}.old", ".demo.notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".demo.{dead}.old/summary.json").write_text("1")
+    with replaced_folder(tmp_path / "demo") as folder:
+        assert (tmp_path / "demo/summary.json").read_text() == "1"  # back in its place
+        (folder / "summary.json").write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.notes", "demo"]
+
+
 def test_bad_input_is_one_line(
     parts: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
