@@ -18,10 +18,20 @@ from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.light_vae import PRESETS as LIGHT_PRESETS
 from worldloop.engine.reward import RewardConfig
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
-from worldloop.episodes import DatasetMeta, EpisodeWriter
+from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
+from worldloop.metrics import locate_object
 from worldloop.outcome import OutcomeClassifier, OutcomeNet
-from worldloop.rl.demo import PRESETS, DemoConfig, demo, derangement
+from worldloop.rl.demo import (
+    PRESETS,
+    SHIPPED_EPISODES,
+    DemoConfig,
+    demo,
+    derangement,
+    find_classifier,
+    find_episodes,
+)
+from worldloop.rl.envs.maniskill import TASKS
 from worldloop.rl.report import print_table, replaced_folder, shown, targets
 from worldloop.rollout_io import load_rollout, save_rollout
 from worldloop.types import ActionSpec, ControllerFit, Episode
@@ -295,3 +305,24 @@ def test_damaged_rollout_files(parts: tuple[Path, Path, Path], tmp_path: Path) -
     (tmp_path / "rollout.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="format 9"):
         load_rollout(tmp_path)
+
+
+# ---------------------------------------------------------------- what is shipped
+
+
+def test_detector_and_classifier_on_shipped_real_episodes() -> None:
+    if not sorted(SHIPPED_EPISODES.glob("demo-*/meta/info.json")):
+        pytest.skip("no episodes are shipped in this checkout")
+    folder = find_episodes(DemoConfig())
+    found = EpisodeDataset(folder)
+    classifier, reason = find_classifier(DemoConfig(), found.meta.env_id)
+    assert classifier is not None, reason
+    episodes = [found.read(i) for i in range(len(found))]
+    final = np.stack([one.frames[-1] for one in episodes])
+    assert (classifier.success(final) == found.success).mean() >= 0.97
+    frames = np.stack([one.frames for one in episodes[:12]])
+    truth = np.stack([one.object_pixels[:, 0] for one in episodes[:12]])
+    color = TASKS[found.meta.env_id].object_color
+    distance = np.linalg.norm(locate_object(frames, color) - truth, axis=-1)
+    seen = np.isfinite(distance)
+    assert seen.mean() > 0.95 and (distance[seen] <= 4).mean() > 0.95
