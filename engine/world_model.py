@@ -343,13 +343,18 @@ class WorldModel(nn.Module):
 
     # ------------------------------------------------------------ checkpoints
 
-    def save(self, folder: PathLike) -> Path:
-        """Write one checkpoint folder: dit, reward and autoencoder weights and config.json."""
+    def save(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
+        """Write one checkpoint folder: dit, reward and autoencoder weights and config.json.
+
+        ``dtype`` stores the weights so (float16 halves a shipped file); loading casts them back.
+        """
         parts = {
             "dit": self.dit.state_dict(),
             "reward": self.reward.state_dict(),
             "autoencoder": self.autoencoder.state_dict(),
         }
+        if dtype is not None:
+            parts = {part: {k: t.to(dtype) for k, t in s.items()} for part, s in parts.items()}
         return save_checkpoint(folder, parts, config_to_dict(self.config), kind="world_model")
 
     @classmethod
