@@ -1,29 +1,38 @@
-"""`worldloop collect`: scripted successes and near-successes in ManiSkill (paper section 3.1)."""
+"""`worldloop collect`: scripted successes and near-successes in ManiSkill (paper section 3.1).
+
+Each seed decides its own wanted outcome; attempts are screened at state speed and only the one
+that ends as wanted is rendered. Shape letters: T actions, A their dimension, O objects.
+"""
 
 from __future__ import annotations
 
-import time
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import tyro
-from tqdm import tqdm
 
+from worldloop.cli import parse_config
 from worldloop.engine.policy.scripted import perturbation, scripted_policy
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
+from worldloop.errors import UserError
+from worldloop.files import disk_error
+from worldloop.outcome import actions_only_accuracy, save_actions_only
 from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.track import Progress
 from worldloop.types import ActionSpec, Episode
 
 # The outcome must be visible: at 128x128 a pixel is about 4 mm, so the episodes whose cube stops
 # within two pixels of the target's edge are left out, of both outcomes.
 VISIBLE_MARGIN = 0.008
 FARTHEST_REACH = 0.145  # metres; beyond it a low, downward gripper has no inverse kinematics
-# Where ManiSkill puts a cube to push or pull. A belief outside of it would betray a perturbation
-# through the path alone, so the believed position must lie inside, whatever the outcome.
-SPAWN_HALF_WIDTH = 0.1
 SETTLED = 8  # last steps over which the success flag must not change
+TRIES = 40  # attempts at the wanted outcome before a seed is given up
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,10 @@ class CollectConfig:
     """H.264 quality of the videos (lower is better)."""
 
     def __post_init__(self) -> None:
-        task_preset(self.env)
+        try:
+            task_preset(self.env)
+        except ValueError as error:
+            raise UserError(f"env: {error}") from error
         if not 1 <= self.episodes <= 1_000_000:
             raise ValueError(f"episodes is {self.episodes}; expected 1 .. 1000000")
         if self.horizon < 24 or self.horizon % 24:
@@ -67,24 +79,48 @@ def _outcome_visible(env: ManiSkillEnv) -> bool:
     return abs(distance - 0.1) > VISIBLE_MARGIN
 
 
-def _frozen(actions_TA: np.ndarray, states_TA: np.ndarray) -> int:
+def _frozen(actions_TA: npt.NDArray[np.float32], states_TA: npt.NDArray[np.float32]) -> int:
     """Steps in which a clear command moved nothing: no inverse kinematics was found there."""
     moved = np.abs(np.diff(states_TA[:, :3], axis=0)).max(1)
     return int(((np.abs(actions_TA[:, :3]).max(1) > 0.15) & (moved < 0.001)).sum())
 
 
-def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Episode | None:
-    """One scripted episode whose outcome is the wanted one, or None. Rendered only when kept."""
+@dataclass(frozen=True)
+class Attempt:
+    """One scripted episode at state speed: nothing is rendered yet."""
+
+    snapshots: list[Any]  # T+1 simulator states to render from
+    actions: npt.NDArray[np.float32]  # [T,A]
+    states: npt.NDArray[np.float32]  # [T+1,A]
+    objects: npt.NDArray[np.float32]  # [T+1,O,7] poses
+    reward: npt.NDArray[np.float32]  # [T] the simulator's success flag after each action
+    sim_seed: int
+    offset: npt.NDArray[np.float64]  # [O,2] metres between where objects are and are believed
+    rejected: str  # why it is not kept; empty when it is
+
+
+def _reset_in_view(env: ManiSkillEnv, rng: np.random.Generator) -> int:
+    """Reset until every object starts where the camera shows it well; return the seed used."""
+    for _ in range(1000):
+        sim_seed = int(rng.integers(2**31))
+        env.reset(sim_seed)
+        if env.task.in_view is None or (np.abs(env.objects()[:, :2]) < env.task.in_view).all():
+            return sim_seed
+    raise RuntimeError(f"{env.task.env_id}: no start within {env.task.in_view} in 1000 resets")
+
+
+def play(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Attempt | str:
+    """Try for the wanted outcome once; a string says why the plan was not even begun."""
     rng = np.random.default_rng([seed, try_])
-    sim_seed = int(rng.integers(2**31))
-    env.reset(sim_seed)
+    sim_seed = _reset_in_view(env, rng)
     offset = perturbation(env.task.env_id, rng, want)
     start = env.objects()
-    if env.goal() is not None and np.abs(start[0, :2] + offset[0]).max() > SPAWN_HALF_WIDTH:
-        return None
+    half = env.task.spawn_half_width
+    if half is not None and np.abs(start[0, :2] + offset[0]).max() > half:
+        return "belief outside the spawn area"
     policy = scripted_policy(env.task.env_id, rng, start, env.tcp()[:3], offset, horizon)
     if max(float(point.position[0]) for point in policy.waypoints) > FARTHEST_REACH:
-        return None
+        return "out of reach"
     snapshots, states, objects = [env.snapshot()], [env.state()], [start]
     actions, reward = [], []
     for _ in range(horizon):
@@ -95,80 +131,188 @@ def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -
         snapshots.append(env.snapshot())
         states.append(env.state())
         objects.append(env.objects())
-    if _frozen(np.stack(actions), np.stack(states)) > 2:
-        return None
     settled = reward[-SETTLED:]
-    if len(set(settled)) > 1 or bool(settled[-1]) != want or not _outcome_visible(env):
-        return None
-    frames = np.stack([env.render_snapshot(snapshot) for snapshot in snapshots])
-    poses = np.stack(objects)
-    pixels = np.stack([env.project(pose[:, :3]) for pose in poses])
-    return Episode(
-        frames=frames,
+    rejected = ""
+    if _frozen(np.stack(actions), np.stack(states)) > 2:
+        rejected = "arm frozen"
+    elif len(set(settled)) > 1:
+        rejected = "outcome not settled"
+    elif bool(settled[-1]) != want:
+        rejected = "other outcome"
+    elif not _outcome_visible(env):
+        rejected = "outcome hard to see"
+    return Attempt(
+        snapshots=snapshots,
         actions=np.stack(actions),
         states=np.stack(states),
+        objects=np.stack(objects),
         reward=np.asarray(reward, np.float32),
+        sim_seed=sim_seed,
+        offset=offset,
+        rejected=rejected,
+    )
+
+
+def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Episode | None:
+    """One scripted episode whose outcome is the wanted one, or None. Rendered only when kept."""
+    played = play(env, seed, want, try_, horizon)
+    if isinstance(played, str) or played.rejected:
+        return None
+    return Episode(
+        frames=np.stack([env.render_snapshot(snapshot) for snapshot in played.snapshots]),
+        actions=played.actions,
+        states=played.states,
+        reward=played.reward,
         instruction=env.task.instruction,
         env_id=env.task.env_id,
         seed=seed,
         success=want,
-        objects=poses,
-        object_pixels=pixels,
-        info={"sim_seed": sim_seed, "perturbation_m": offset.round(5).tolist()},
+        objects=played.objects,
+        object_pixels=np.stack([env.project(pose[:, :3]) for pose in played.objects]),
+        info={"sim_seed": played.sim_seed, "perturbation_m": played.offset.round(5).tolist()},
     )
+
+
+def wanted_outcome(seed: int, success_share: float) -> bool:
+    """Whether the episode of a seed is to be a success; independent of the seed's parity."""
+    return bool(np.random.default_rng([seed, 999]).random() < success_share)
+
+
+@contextmanager
+def _turn_to_add(root: Path) -> Iterator[None]:
+    """One collector at a time: two that finish together must not both add the last episodes."""
+    path = root / "meta/.adding"
+    try:
+        file = open(path, "w")  # noqa: SIM115 - closed below, after the lock
+    except OSError as error:
+        raise disk_error(path, error) or error from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Collector:
+    """One process that adds episodes of one task to a dataset."""
+
+    def __init__(self, config: CollectConfig) -> None:
+        torch.set_num_threads(1)
+        self.config = config
+        self.env = ManiSkillEnv(config.env, config.image_size)
+        meta = DatasetMeta(
+            action_spec=ActionSpec(),
+            env_id=config.env,
+            camera=asdict(self.env.camera),
+            horizon=config.horizon,
+            image_size=config.image_size,
+        )
+        self.writer = EpisodeWriter(config.out, meta, config.crf)
+        self.tries = self.kept = self.successes = 0
+
+    def episode(self, seed: int) -> Episode | None:
+        """The episode of a seed, or None where its wanted outcome is not to be had."""
+        want = wanted_outcome(seed, self.config.success_share)
+        for try_ in range(TRIES):
+            self.tries += 1
+            episode = attempt(self.env, seed, want, try_, self.config.horizon)
+            if episode is not None:
+                self.kept += 1
+                self.successes += int(want)
+                return episode
+        return None
+
+    def add(self, shard: list[Episode]) -> int:
+        """Write what is still wanted of a shard; return how many episodes the dataset holds."""
+        with _turn_to_add(self.config.out):
+            have = count_episodes(self.config.out)
+            shard = shard[: max(0, self.config.episodes - have)]
+            return self.writer.add(shard) if shard else have
+
+    def run(self) -> None:
+        """Collect until the dataset holds the wanted number; Ctrl-C keeps what is finished."""
+        config = self.config
+        have = count_episodes(config.out)
+        progress = Progress(config.episodes, config.env, unit="ep", initial=have)
+        shard: list[Episode] = []
+        try:
+            with progress:
+                while have < config.episodes:
+                    seeds = self.writer.claim_seeds(
+                        min(config.shard, config.episodes - have), config.seed
+                    )
+                    for seed in seeds:
+                        episode = self.episode(seed)
+                        if episode is None:
+                            continue
+                        shard.append(episode)
+                        progress.update(
+                            success=f"{self.successes / self.kept:.0%}",
+                            kept=f"{self.kept / self.tries:.0%} of tries",
+                        )
+                    have, shard = self.add(shard), []
+                    progress.update(have - progress.count)  # what the others added
+        except KeyboardInterrupt:
+            if shard:
+                self.add(shard)
+            raise
+
+    def close(self) -> None:
+        """Close the simulator."""
+        self.env.close()
 
 
 def collect(config: CollectConfig) -> EpisodeDataset:
-    """Collect until the dataset holds ``config.episodes``; safe to kill, repeat and share."""
-    torch.set_num_threads(1)
-    env = ManiSkillEnv(config.env, config.image_size)
-    meta = DatasetMeta(
-        action_spec=ActionSpec(),
-        env_id=config.env,
-        camera=asdict(env.camera),
-        horizon=config.horizon,
-        image_size=config.image_size,
-    )
-    writer = EpisodeWriter(config.out, meta, config.crf)
-    have = _count(config.out)
-    progress = tqdm(total=config.episodes, initial=have, unit="ep", desc=config.env)
-    tries = kept = successes = 0
-    started = time.time()
-    try:
-        while have < config.episodes:
-            shard: list[Episode] = []
-            count = min(config.shard, config.episodes - have)
-            for seed in writer.claim_seeds(count, config.seed):
-                want = np.random.default_rng([seed, 999]).random() < config.success_share
-                for try_ in range(40):
-                    tries += 1
-                    episode = attempt(env, seed, bool(want), try_, config.horizon)
-                    if episode is not None:
-                        shard.append(episode)
-                        kept, successes = kept + 1, successes + int(episode.success)
-                        progress.update(1)
-                        progress.set_postfix_str(
-                            f"{kept / (time.time() - started):.2f} ep/s, success "
-                            f"{successes / kept:.0%}, kept {kept / tries:.0%} of tries"
-                        )
-                        break
-            if shard:
-                have = writer.add(shard)
-    finally:
-        progress.close()
-        env.close()
+    """Collect until the dataset holds ``config.episodes``; safe to kill, repeat and share.
+
+    Raises UserError when the simulator cannot run here, the disk is full, or the folder holds a
+    dataset of another task or camera.
+    """
+    if count_episodes(config.out):
+        there = EpisodeDataset(config.out).meta  # before the simulator starts, which takes a while
+        for name, mine in (("env_id", config.env), ("horizon", config.horizon),
+                           ("image_size", config.image_size)):  # fmt: skip
+            if getattr(there, name) != mine:
+                raise UserError(
+                    f"{config.out}: its {name} is {getattr(there, name)!r}, this collection's "
+                    f"{mine!r}; collect into another folder"
+                )
+    if count_episodes(config.out) < config.episodes:
+        collector = Collector(config)
+        try:
+            collector.run()
+        finally:
+            collector.close()
     return EpisodeDataset(config.out)
 
 
-def _count(root: Path) -> int:
+def count_episodes(root: Path) -> int:
+    """How many episodes a dataset folder holds; 0 where there is none yet."""
     return len(EpisodeDataset(root)) if (root / "meta/info.json").exists() else 0
 
 
+def label_leak(dataset: EpisodeDataset) -> str:
+    """Measure how well the outcome can be guessed from the actions alone; keep and tell it.
+
+    A dataset too small to measure gives a sentence that says so and keeps nothing.
+    """
+    actions = np.stack([episode.actions for episode in dataset.stream(frames=False)])
+    try:
+        result = actions_only_accuracy(actions, dataset.success)
+    except UserError as error:
+        return f"not measured ({error})"
+    save_actions_only(dataset.root, result)
+    return (
+        f"the actions alone betray {result['accuracy']:.1%} of the outcomes "
+        f"({result['model']}; always guessing the commoner one: {result['majority']:.1%})"
+    )
+
+
 def main(argv: list[str]) -> int:
-    config = tyro.cli(CollectConfig, args=argv, prog="worldloop collect")
+    """Run from the command line."""
+    config = parse_config(CollectConfig, argv, "worldloop collect")
     dataset = collect(config)
     print(
         f"{config.out}: {len(dataset)} episodes, {dataset.success.mean():.0%} successes. "
         "Look at it with `worldloop data inspect`."
     )
+    print(f"{config.out}: {label_leak(dataset)}")
     return 0

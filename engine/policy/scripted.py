@@ -3,7 +3,8 @@
 A plan is a list of waypoints for the tool centre point. It is made for a *perceived* object pose:
 the true one plus a perturbation of centimetres. The style of the motion (speeds, approach, push
 length, retreat) is drawn from one distribution whatever the perturbation, so that an action
-sequence by itself does not betray the outcome.
+sequence by itself does not betray the outcome. Where touching or carrying something would show in
+the corrections of the hand, it acts blindly.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Vector = npt.NDArray[np.float64]
 
 FULL_STEP = 0.1  # metres (and radians) that a command of 1 asks for
 REACHED = 0.4  # share of a command that the arm carries out within its own control step
+LOADED_SAG = 0.0008  # metres a step that the arm sinks under the peg (0.6 kg)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Waypoint:
     tolerance: float = 0.012  # metres at which the next waypoint begins
     hold: int = 0  # steps to stay once there
     timeout: int = 40
+    # Where contact differs between outcomes, corrections would betray them: a blind stretch goes
+    # by where the commands so far should have brought the tool, not by where it is.
+    blind: bool = False
+    sag: float = 0.0  # metres a step by which a blind hand expects its load to pull it down
 
 
 @dataclass
@@ -44,10 +50,13 @@ class WaypointPolicy:
     waited: int = 0
     steps: int = 0
     _inside: bool = field(default=False, repr=False)
+    _reckoned: tuple[Vector, Vector] | None = field(default=None, repr=False)
 
     def act(self, position: Vector, rotation: Vector) -> npt.NDArray[np.float32]:
         """One ``pd_ee_delta_pose`` action [7] from the tool's position and rotation vector."""
         point = self.waypoints[self.index]
+        seen = (np.asarray(position, np.float64), np.asarray(rotation, np.float64))
+        position, rotation = self._reckoned if point.blind and self._reckoned else seen
         error = point.position - position
         turn = np.asarray(point.rotation) - rotation
         arrived = np.linalg.norm(error) < point.tolerance and np.abs(turn).max() < 0.08
@@ -68,8 +77,14 @@ class WaypointPolicy:
         twist = -np.clip(turn / (FULL_STEP * REACHED), -1, 1)
         action = np.concatenate([command, twist, [point.gripper]])
         action[:6] += self.jitter[self.steps % len(self.jitter)]
+        action = np.clip(action, -1, 1)
         self.steps += 1
-        return np.clip(action, -1, 1).astype(np.float32)
+        drop = np.array([0.0, 0.0, point.sag])
+        response = FULL_STEP * REACHED
+        self._reckoned = (
+            position + response * action[:3] - drop, rotation - response * action[3:6]
+        )  # fmt: skip
+        return action.astype(np.float32)
 
 
 def smooth_noise(rng: np.random.Generator, steps: int, scale: float) -> Vector:
@@ -135,30 +150,35 @@ def _stack(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Wayp
 
 
 def _lift_peg(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Waypoint]:
-    """Take the peg (along x, 24 cm long) beyond its middle, raise it and tilt it upright."""
+    """Take the peg (along x, 24 cm long) by its near end, raise it and turn it to hang upright.
+
+    The hand turns until its fingers point back to the robot: the other way round the wrist ends
+    at a joint limit. From the moment it stands above the peg it acts blindly.
+    """
     x, y = objects[0, 0], objects[0, 1]
-    grip = rng.uniform(0.055, 0.075)
-    approach = rng.uniform(0.6, 1.0)
-    high = rng.uniform(0.09, 0.12)
-    at = np.array([x + grip, y, 0.025])
-    upright = (0.0, np.pi / 2 * 0.99, 0.0)
-    # Upright, the gripped part is grip + half a length above the table.
-    top = np.array([x + rng.uniform(-0.06, -0.02), y, 0.12 + grip])
-    flat = (0.0, 0.0, 0.0)
+    grip = rng.uniform(0.05, 0.065)  # from the peg's middle
+    approach, carry = rng.uniform(0.7, 1.0), rng.uniform(0.4, 0.6)
+    high = rng.uniform(0.10, 0.13)
+    at = np.array([x - grip, y, 0.026])
+    upright = (0.0, rng.uniform(1.48, 1.54), 0.0)
+    # The peg hangs from the fingers: its lower end is a grip and half a length below them.
+    top = np.array([rng.uniform(-0.19, -0.13), y, 0.124 + grip])
+    back = (0.0, rng.uniform(1.0, 1.2), 0.0)
+    rise = rng.uniform(0.09, 0.12)
+    above = np.array([0, 0, high])
+    over = np.array([0, 0, rng.uniform(0.025, 0.04)])
     return [
-        Waypoint(at + [0, 0, high], approach, 1.0, flat),
-        Waypoint(at, approach, 1.0, flat, tolerance=0.008, hold=1),
-        Waypoint(at, 0.3, -1.0, flat, hold=3),
-        Waypoint(top + [0, 0, 0.03], 0.45, -1.0, upright, timeout=42),
-        Waypoint(top, 0.4, -1.0, upright, tolerance=0.006, timeout=10),
-        Waypoint(top, 0.2, 1.0, upright, hold=3),
-        Waypoint(top + [-0.08, 0, 0.02], approach, 1.0, upright),
+        Waypoint(at + above, approach, 1.0, tolerance=0.008, hold=2, timeout=14),
+        Waypoint(at, approach, 1.0, tolerance=0.008, hold=1, timeout=8, blind=True),
+        Waypoint(at, 0.3, -1.0, hold=3, timeout=5, blind=True),
+        Waypoint(top + over, carry, -1.0, upright, timeout=40, blind=True, sag=LOADED_SAG),
+        Waypoint(top, 0.4, -1.0, upright, 0.006, timeout=8, blind=True, sag=LOADED_SAG),
+        Waypoint(top, 0.2, 1.0, upright, hold=3, timeout=5, blind=True),
+        Waypoint(top + [0, 0, rise], 0.6 * approach, 1.0, back, blind=True),
     ]
 
 
-def _sideways_or_along(
-    rng: np.random.Generator, direction: float
-) -> Callable[[bool], Vector]:
+def _sideways_or_along(rng: np.random.Generator, direction: float) -> Callable[[bool], Vector]:
     def offset(success: bool) -> Vector:
         if success:
             return np.array([rng.uniform(-0.012, 0.012), rng.uniform(-0.009, 0.009)])
@@ -196,11 +216,11 @@ def perturbation(env_id: str, rng: np.random.Generator, success: bool) -> Vector
         return np.stack([rng.uniform(0.03, 0.045) * heading, rng.uniform(-0.008, 0.008, 2)])
     if env_id == "LiftPegUpright-v1":
         if success:
-            return rng.uniform(-0.006, 0.006, (1, 2))
+            return rng.uniform((-0.01, -0.007), (0.02, 0.007))[None]
         side = rng.choice([-1.0, 1.0])
-        if rng.random() < 0.5:  # the fingers close beside the peg or on its edge
-            return np.array([[rng.uniform(-0.01, 0.01), side * rng.uniform(0.03, 0.05)]])
-        return np.array([[side * rng.uniform(0.05, 0.09), rng.uniform(-0.006, 0.006)]])
+        if rng.random() < 0.7:  # a finger comes down on the peg, or both beside it
+            return np.array([[rng.uniform(-0.01, 0.02), side * rng.uniform(0.028, 0.06)]])
+        return np.array([[rng.uniform(-0.09, -0.055), rng.uniform(-0.007, 0.007)]])  # short of it
     raise ValueError(f"no scripted policy for {env_id!r}; known: {', '.join(PLANS)}")
 
 

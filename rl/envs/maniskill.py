@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from worldloop.errors import UserError
+
 Array = npt.NDArray[np.float32]
 
 
@@ -35,14 +37,21 @@ class TaskPreset:
     camera: CameraPreset
     objects: tuple[str, ...]  # attribute names on the environment; the first one is moved
     goal: str | None = None
-    # The kind of pixels the first object consists of, for the detector in worldloop.metrics.
+    # The kind of pixels the first object consists of, for the detector in worldloop.objects.
     object_color: str = "blue"
+    # Half the width (metres) of the square around the origin that the objects are spawned in, or
+    # None where that is wider than any belief: a belief outside would betray a perturbation.
+    spawn_half_width: float | None = 0.1
+    # Farthest start (|x|, |y| in metres) that the camera shows well; None where it shows all.
+    in_view: tuple[float, float] | None = None
 
 
 # From the side and above: pushes run across the picture and the hand never hides the object.
 SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
 PULL = CameraPreset("side_close_pull", (-0.07, 0.50, 0.62), (-0.07, 0.02, 0.02), 0.60)
-STACK = CameraPreset("side_stack", (0.0, 0.55, 0.50), (0.0, 0.02, 0.03), 0.62)
+# From farther away with a longer lens: both cubes keep their size all over the table.
+STACK = CameraPreset("side_stack", (0.0, 0.66, 0.60), (0.0, 0.01, 0.04), 0.44)
+LIFT = CameraPreset("side_lift", (-0.03, 0.72, 0.48), (-0.03, 0.02, 0.09), 0.56)
 
 TASKS: dict[str, TaskPreset] = {
     "PushCube-v1": TaskPreset(
@@ -57,14 +66,15 @@ TASKS: dict[str, TaskPreset] = {
         STACK,
         ("cubeA", "cubeB"),
         object_color="red",
+        spawn_half_width=None,
+        in_view=(0.13, 0.13),
     ),
-    "LiftPegUpright-v1": TaskPreset(
-        "LiftPegUpright-v1", "stand the peg upright", STACK, ("peg",), object_color="blue"
-    ),
+    "LiftPegUpright-v1": TaskPreset("LiftPegUpright-v1", "stand the peg upright", LIFT, ("peg",)),
 }
 
 
 def task_preset(env_id: str) -> TaskPreset:
+    """The preset of a task; raises ValueError naming the known ones."""
     if env_id not in TASKS:
         raise ValueError(f"unknown env {env_id!r}; known: {', '.join(TASKS)}")
     return TASKS[env_id]
@@ -108,7 +118,8 @@ class ManiSkillEnv:
     """One simulated episode at a time, on this CPU: reset, step, look.
 
     Stepping does not render: a scripted attempt can be screened at state speed and only the kept
-    one be drawn, from its saved states (``snapshot`` / ``render_snapshot``).
+    one be drawn, from its saved states (``snapshot`` / ``render_snapshot``). Raises UserError where
+    the simulator is not installed or cannot render.
     """
 
     def __init__(self, env_id: str, image_size: int = 128, camera: CameraPreset | None = None):
@@ -121,7 +132,7 @@ class ManiSkillEnv:
             import mani_skill.envs  # noqa: F401  (registers the tasks)
             from mani_skill.utils import sapien_utils
         except ImportError as error:
-            raise ImportError(
+            raise UserError(
                 f"ManiSkill is not importable ({error}); install it with `make setup-sim`"
             ) from error
         try:
@@ -147,7 +158,7 @@ class ManiSkillEnv:
             self._sensor = self._sim._sensors["base_camera"]
             self.render()
         except RuntimeError as error:
-            raise RuntimeError(
+            raise UserError(
                 f"ManiSkill cannot render here ({error}); it needs a Vulkan driver with "
                 "descriptor indexing: `make setup-sim` installs Mesa's software one"
             ) from error
