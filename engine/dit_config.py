@@ -119,7 +119,7 @@ def tiny() -> DiTConfig:
     """For CPUs: ships trained. One fixed camera, so positions are learned; no text."""
     return DiTConfig(
         width=256,
-        depth=8,
+        depth=6,
         heads=4,
         adaln_rank=64,
         context_dim=0,
