@@ -168,7 +168,7 @@ def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -
         seed=seed,
         success=want,
         objects=played.objects,
-        object_pixels=np.stack([env.project(pose[:, :3]) for pose in played.objects]),
+        object_pixels=np.stack([env.object_pixels(pose) for pose in played.objects]),
         info={"sim_seed": played.sim_seed, "perturbation_m": played.offset.round(5).tolist()},
     )
 

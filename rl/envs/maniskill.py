@@ -39,6 +39,8 @@ class TaskPreset:
     goal: str | None = None
     # The kind of pixels the first object consists of, for the detector in worldloop.objects.
     object_color: str = "blue"
+    # Point of each object that is followed in the picture, in the object's own frame (metres).
+    tracked_point: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # Half the width (metres) of the square around the origin that the objects are spawned in, or
     # None where that is wider than any belief: a belief outside would betray a perturbation.
     spawn_half_width: float | None = 0.1
@@ -48,10 +50,11 @@ class TaskPreset:
 
 # From the side and above: pushes run across the picture and the hand never hides the object.
 SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
-PULL = CameraPreset("side_close_pull", (-0.07, 0.50, 0.62), (-0.07, 0.02, 0.02), 0.60)
-# From farther away with a longer lens: both cubes keep their size all over the table.
-STACK = CameraPreset("side_stack", (0.0, 0.66, 0.60), (0.0, 0.01, 0.04), 0.44)
-LIFT = CameraPreset("side_lift", (-0.03, 0.72, 0.48), (-0.03, 0.02, 0.09), 0.56)
+PULL = CameraPreset("side_pull", (-0.11, 0.74, 0.92), (-0.11, 0.0, 0.02), 0.40)
+# From farther away with a longer lens: both cubes keep their size all over the table. Flatter, so
+# that a cube behind the other does not look like one on top of it.
+STACK = CameraPreset("side_stack", (0.0, 0.76, 0.46), (0.0, 0.0, 0.05), 0.44)
+LIFT = CameraPreset("side_lift", (-0.05, 0.74, 0.46), (-0.05, 0.02, 0.12), 0.59)
 
 TASKS: dict[str, TaskPreset] = {
     "PushCube-v1": TaskPreset(
@@ -69,7 +72,13 @@ TASKS: dict[str, TaskPreset] = {
         spawn_half_width=None,
         in_view=(0.13, 0.13),
     ),
-    "LiftPegUpright-v1": TaskPreset("LiftPegUpright-v1", "stand the peg upright", LIFT, ("peg",)),
+    "LiftPegUpright-v1": TaskPreset(
+        "LiftPegUpright-v1",
+        "stand the peg upright",
+        LIFT,
+        ("peg",),
+        tracked_point=(0.06, 0.0, 0.0),  # the peg is half blue, half red
+    ),
 }
 
 
@@ -112,6 +121,13 @@ def quat_to_rotvec(q_wxyz: npt.NDArray[Any]) -> Array:
     angle = 2 * np.arctan2(norm, rel[..., :1])
     scale = np.where(norm > 1e-9, angle / np.maximum(norm, 1e-9), 2.0)
     return (rel[..., 1:] * scale).astype(np.float32)
+
+
+def _rotate(q_wxyz: npt.NDArray[Any], vector_3: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The vector turned by each unit quaternion [O,4]: [O,3]."""
+    w, axis = q_wxyz[:, :1], q_wxyz[:, 1:]
+    twice: npt.NDArray[Any] = 2 * np.cross(axis, vector_3)
+    return vector_3 + w * twice + np.cross(axis, twice)
 
 
 class ManiSkillEnv:
@@ -192,6 +208,13 @@ class ManiSkillEnv:
         if self.task.goal is None:
             return None
         return getattr(self._sim, self.task.goal).pose.p[0].numpy().astype(np.float32)
+
+    def object_pixels(self, poses_O7: npt.NDArray[Any]) -> Array:
+        """Pixel coordinates [O,2] (column, row) of the tracked point of objects at these poses."""
+        points = poses_O7[:, :3]
+        if any(self.task.tracked_point):
+            points = points + _rotate(poses_O7[:, 3:], np.array(self.task.tracked_point))
+        return self.project(points)
 
     def project(self, points_O3: npt.NDArray[Any]) -> Array:
         """Pixel coordinates [O,2] (column, row) of world points."""
