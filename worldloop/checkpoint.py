@@ -54,6 +54,12 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
         _write_safetensors(temporary, tensors, Path(path))
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown: Path) -> None:
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -66,6 +72,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], shown: Path) -
         plain[name] = tensor
     try:
         safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors makes it private to this user
     except safetensors.SafetensorError as error:
         clear = disk_error(shown, error)
         raise clear or UserError(f"{shown}: cannot be written: {error}") from error
