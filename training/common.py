@@ -21,9 +21,11 @@ from worldloop.errors import UserError
 
 
 def device_for(name: str) -> torch.device:
-    """``auto`` takes the GPU where there is one."""
+    """``auto`` takes the GPU where there is one; under torchrun, this process's own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return torch.device(name)
 
 

@@ -106,7 +106,9 @@ class WorldModelTraining:
 
 
 @torch.inference_mode()
-def latent_cache(data: EpisodeArrays, root: Path, autoencoder: Path) -> npt.NDArray[np.float16]:
+def latent_cache(
+    data: EpisodeArrays, root: Path, autoencoder: Path, device: torch.device
+) -> npt.NDArray[np.float16]:
     """Latents [N,F,C,H,W] of every episode, encoded once and kept beside the dataset.
 
     The file's name holds the hash of the autoencoder's weights: another one gets another cache.
@@ -116,15 +118,15 @@ def latent_cache(data: EpisodeArrays, root: Path, autoencoder: Path) -> npt.NDAr
     digest = file_sha256(autoencoder / weights)[:12]
     path = root / ".cache" / f"latents-{data.key}-{digest}.npy"
     if not path.exists():
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         out: Any = None  # a memory map
         try:
             for i in range(len(data)):
-                frames = torch.from_numpy(data.frames[i].astype(np.float32) / 127.5 - 1)
-                with autocast(torch.device("cpu"), "auto"):
+                frames = torch.from_numpy(data.frames[i]).to(device).float() / 127.5 - 1
+                with autocast(device, "auto"):
                     latents, _ = model.encode(frames.permute(3, 0, 1, 2)[None])
-                array = latents[0].transpose(0, 1).float().numpy().astype(np.float16)
+                array = latents[0].transpose(0, 1).float().cpu().numpy().astype(np.float16)
                 if out is None:
                     shape = (len(data), *array.shape)
                     out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
@@ -278,13 +280,13 @@ def train(config: WorldModelTraining) -> Path:
     count = 0
     if workers.rank == 0:
         data = load_arrays(config.data, config.limit)
-        latents = latent_cache(data, config.data, config.autoencoder)
+        latents = latent_cache(data, config.data, config.autoencoder, device)
         count = len(data)
     # Collection may go on meanwhile: every process must see the very same episodes.
     count = workers.from_first(count)
     if workers.rank:
         data = load_arrays(config.data, count)
-        latents = latent_cache(data, config.data, config.autoencoder)
+        latents = latent_cache(data, config.data, config.autoencoder, device)
     if len(data) <= config.held_out:
         raise UserError(f"held_out is {config.held_out}; {config.data} has {len(data)} episodes")
     base, start = None, None

@@ -27,6 +27,7 @@ from worldloop.types import ActionSpec, Episode
 
 SIZE, T, CHUNK = 32, 16, 8
 POSITION, ROTATION = (0.012, 0.007, 0.003, 0.001), (0.03, 0.01, 0.004, 0.002)
+CPU = torch.device("cpu")
 SPEC = ActionSpec(chunk=CHUNK)
 
 
@@ -250,7 +251,7 @@ def trainee(dataset: Path, autoencoder: Path, out: Path, **changes):
     """(model with random non-zero weights, batches, config), as `train` builds them."""
     config = training_config(dataset, autoencoder, out, **changes)
     data = load_arrays(dataset)
-    latents = world_model.latent_cache(data, dataset, autoencoder)
+    latents = world_model.latent_cache(data, dataset, autoencoder, CPU)
     batches = world_model.Batches(data, latents, config)
     torch.manual_seed(0)
     sizes = world_model.dit_sizes(config, data, latents.shape[2:], None)
@@ -582,7 +583,7 @@ def test_missing_taps_are_named():
 
 def test_latents_are_cached_by_the_autoencoders_weights(dataset, autoencoder, tmp_path):
     data = load_arrays(dataset)
-    first = world_model.latent_cache(data, dataset, autoencoder)
+    first = world_model.latent_cache(data, dataset, autoencoder, CPU)
     model = load_autoencoder(autoencoder)
     clip = torch.from_numpy(data.frames[3].astype(np.float32) / 127.5 - 1)
     with torch.no_grad():
@@ -590,11 +591,11 @@ def test_latents_are_cached_by_the_autoencoders_weights(dataset, autoencoder, tm
     # Half precision on disk, and bf16 arithmetic where the machine has it.
     np.testing.assert_allclose(first[3], expected, atol=0.1, rtol=0.02)
     files = set((dataset / ".cache").glob("latents-*.npy"))
-    again = world_model.latent_cache(data, dataset, autoencoder)
+    again = world_model.latent_cache(data, dataset, autoencoder, CPU)
     assert set((dataset / ".cache").glob("latents-*.npy")) == files
     np.testing.assert_array_equal(first, again)
     other = ae.train(autoencoder_config(dataset, tmp_path, steps=1, seed=9)) / "model"
-    changed = world_model.latent_cache(data, dataset, other)
+    changed = world_model.latent_cache(data, dataset, other, CPU)
     assert len(set((dataset / ".cache").glob("latents-*.npy")) - files) == 1
     assert np.abs(changed.astype(np.float32) - first).max() > 0.1
     assert not list((dataset / ".cache").glob("*.tmp"))
