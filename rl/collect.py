@@ -69,6 +69,12 @@ class CollectConfig:
             raise ValueError(f"image_size is {self.image_size}; expected 32 .. 1024, step 16")
         if not 0 <= self.success_share <= 1:
             raise ValueError(f"success_share is {self.success_share}; expected 0 .. 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        if not 1 <= self.shard <= 1000:
+            raise ValueError(f"shard is {self.shard}; expected 1 .. 1000")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf is {self.crf}; expected 0 .. 51")
 
 
 def _outcome_visible(env: ManiSkillEnv) -> bool:
