@@ -123,7 +123,7 @@ def latent_cache(
         out: Any = None  # a memory map
         try:
             for i in range(len(data)):
-                frames = torch.from_numpy(data.frames[i]).to(device).float() / 127.5 - 1
+                frames = torch.from_numpy(data.frames[i].copy()).to(device).float() / 127.5 - 1
                 with autocast(device, "auto"):
                     latents, _ = model.encode(frames.permute(3, 0, 1, 2)[None])
                 array = latents[0].transpose(0, 1).float().cpu().numpy().astype(np.float16)
