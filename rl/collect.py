@@ -298,7 +298,8 @@ def count_episodes(root: Path) -> int:
 def label_leak(dataset: EpisodeDataset) -> str:
     """Measure how well the outcome can be guessed from the actions alone; keep and tell it.
 
-    A dataset too small to measure gives a sentence that says so and keeps nothing.
+    A dataset too small to measure gives a sentence that says so and keeps nothing. The margin
+    told is two standard errors of a guess, 2 * sqrt(0.25 / episodes).
     """
     actions = np.stack([episode.actions for episode in dataset.stream(frames=False)])
     try:
@@ -308,7 +309,8 @@ def label_leak(dataset: EpisodeDataset) -> str:
     save_actions_only(dataset.root, result)
     return (
         f"the actions alone betray {result['accuracy']:.1%} of the outcomes "
-        f"({result['model']}; always guessing the commoner one: {result['majority']:.1%})"
+        f"(± {100 / len(dataset) ** 0.5:.0f} points by chance; {result['model']}; "
+        f"always guessing the commoner one: {result['majority']:.1%})"
     )
 
 

@@ -17,14 +17,14 @@ from worldloop.cli import main
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.light_vae import PRESETS as LIGHT_PRESETS
 from worldloop.engine.reward import RewardConfig
+from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
-from worldloop.metrics import locate_object
+from worldloop.metrics import locate_object, object_within, psnr
 from worldloop.outcome import OutcomeClassifier, OutcomeNet
 from worldloop.rl.demo import (
     PRESETS,
-    SHIPPED_EPISODES,
     DemoConfig,
     demo,
     derangement,
@@ -32,6 +32,7 @@ from worldloop.rl.demo import (
     find_episodes,
 )
 from worldloop.rl.envs.maniskill import TASKS
+from worldloop.rl.held_out import load_held_out
 from worldloop.rl.report import print_table, replaced_folder, shown, targets
 from worldloop.rollout_io import load_rollout, save_rollout
 from worldloop.types import ActionSpec, ControllerFit, Episode
@@ -311,8 +312,6 @@ def test_damaged_rollout_files(parts: tuple[Path, Path, Path], tmp_path: Path) -
 
 
 def test_detector_and_classifier_on_shipped_real_episodes() -> None:
-    if not sorted(SHIPPED_EPISODES.glob("demo-*/meta/info.json")):
-        pytest.skip("no episodes are shipped in this checkout")
     folder = find_episodes(DemoConfig())
     found = EpisodeDataset(folder)
     classifier, reason = find_classifier(DemoConfig(), found.meta.env_id)
@@ -326,3 +325,22 @@ def test_detector_and_classifier_on_shipped_real_episodes() -> None:
     distance = np.linalg.norm(locate_object(frames, color) - truth, axis=-1)
     seen = np.isfinite(distance)
     assert seen.mean() > 0.95 and (distance[seen] <= 4).mean() > 0.95
+
+
+def test_shipped_world_imagines_what_happened() -> None:
+    """Every fifth shipped episode, with the bounds that `worldloop demo` is held to."""
+    world = WorldModel.from_pretrained("tiny")
+    held_out = load_held_out(find_episodes(DemoConfig()), None, world)
+    chosen = dataclasses.replace(held_out, episodes=held_out.episodes[::5])
+    engine = RolloutEngine(world, ReplayPolicy(chosen.actions, world.action_spec), steps=4)
+    rollout = engine.rollout(chosen.starts, horizon=72, decode="all")
+    assert rollout.frames is not None
+    real = np.stack([one.frames for one in chosen.episodes])
+    imagined = rollout.frames[:, 1:, 0]
+    static = np.repeat(real[:, :1], 72, 1)
+    quality = psnr(real[:, 1:], imagined).mean()
+    assert quality >= max(24.0, psnr(real[:, 1:], static).mean() + 3)
+    true = np.array([one.success for one in chosen.episodes])
+    assert (rollout.success == true).mean() >= 0.8
+    track = object_within(real[:, 1:], imagined, 4.0, chosen.object_color)
+    assert track.share >= 0.75
