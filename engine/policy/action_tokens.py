@@ -7,6 +7,7 @@ down from the end of the tokenizer's vocabulary. Here an action token is an inde
 Shape letters: B rows, T steps of a chunk, A action dimensions (any leading axes will do).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,10 @@ def from_tokens(tokens: npt.ArrayLike) -> Floats:
     return CENTRES[np.clip(BINS - 1 - index, 0, BINS - 2)].astype(np.float32)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """One quantity's entry in dataset_statistics.json: low and high (q01 and q99 as published)
@@ -66,7 +71,7 @@ class Statistics:
         """An `action` or `proprio` entry; ALOHA uses low="min", high="max"."""
         for key in (low, high):
             values = entry.get(key)
-            if not isinstance(values, list) or not np.isfinite(np.asarray(values, float)).all():
+            if not isinstance(values, list) or not all(map(_is_number, values)):
                 raise UserError(f"statistics: {key!r} is {values!r}; expected a list of numbers")
         mask = entry.get("mask", [True] * len(entry[low]))
         return cls(tuple(entry[low]), tuple(entry[high]), tuple(bool(m) for m in mask))
@@ -78,6 +83,8 @@ class Statistics:
                 f"numbers have shape {array.shape}, statistics {self.dim} dimensions; these are "
                 "the statistics of another robot"
             )
+        if np.isnan(array).any():
+            raise UserError("numbers hold NaN; expected finite ones")
         return array
 
     def unnormalise(self, values: npt.ArrayLike) -> Floats:
