@@ -34,6 +34,7 @@ class EpisodeArrays:
     object_pixels: Float | None  # [N,T+1,O,2]
     action_spec: ActionSpec
     env_id: str
+    instruction: str
     key: str  # names this set of episodes, for caches made from it
 
     def __len__(self) -> int:
@@ -64,6 +65,7 @@ def load_arrays(root: Path | str, limit: int | None = None) -> EpisodeArrays:
         object_pixels=None if any(p is None for p in pixels) else np.stack(pixels),  # type: ignore[arg-type]
         action_spec=fit_action_spec(dataset.meta.action_spec, actions, states),
         env_id=dataset.meta.env_id,
+        instruction=episodes[0].instruction,
         key=key,
     )
 

@@ -30,7 +30,8 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
-            hidden = parameter.ndim == 2 and ".blocks." in f".{name}"
+            layer = ".blocks." in f".{name}" or ".layers." in f".{name}"
+            hidden = parameter.ndim == 2 and layer
             (matrices if hidden else others).append(parameter)
         self.muon = torch.optim.Muon(
             matrices,

@@ -14,7 +14,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def shipped_presets() -> list[str]:
     """The names of the checkpoints that are part of the package."""
-    return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+    return sorted(str(p.parent.relative_to(WEIGHTS)) for p in WEIGHTS.rglob("config.json"))
 
 
 def resolve_pretrained(name: PathLike, *, revision: str | None = None) -> Path:

@@ -134,13 +134,18 @@ def save_openvla(
     *,
     shard_bytes: int = 7_000_000_000,
     statistics: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the published layout; the index comes last, so a half-written folder does not load."""
+    """Write the published layout; the index comes last, so a half-written folder does not load.
+
+    dtype: store the weights so; None keeps the network's own.
+    """
     folder = Path(folder)
     (folder / INDEX).unlink(missing_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for key, tensor in model.state_dict().items():
+        tensor = tensor.to(dtype or tensor.dtype)
         need = tensor.numel() * tensor.element_size()
         if shards[-1] and size + need > shard_bytes:
             shards.append({})

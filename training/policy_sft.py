@@ -1,0 +1,281 @@
+"""`worldloop train policy`: supervised fine-tuning of the policy on SANS successes (paper 4.3).
+
+Cross-entropy over the 256 bins of every action token of the chunk that follows a frame. Frames
+are taken from anywhere in an episode, so that the policy also knows what to do between the chunk
+ends where it will look. From scratch (`tiny`), or from a checkpoint with all weights or LoRA.
+
+Shape letters: B rows, T actions of an episode, A action dim, S side of the network's pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+from torch import Tensor
+
+from worldloop.engine.policy.action_tokens import Statistics
+from worldloop.engine.policy.lora import add_lora, merge_and_unload, save_lora
+from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
+from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy, token_logprobs
+from worldloop.errors import UserError
+from worldloop.track import Run
+from worldloop.training.common import (
+    EMA,
+    Clock,
+    autocast,
+    device_for,
+    learning_rate,
+    load_state,
+    save_state,
+)
+from worldloop.training.data import EpisodeArrays, load_arrays
+from worldloop.training.optimizer import MuonAdamW
+from worldloop.types import ActionSpec
+
+
+@dataclass(frozen=True)
+class PolicyTraining:
+    """Fine-tune a policy on the successes of a dataset; run it again to resume."""
+
+    data: Path
+    out: Path
+    init: str | None = None
+    """Policy checkpoint to start from; without it, preset `tiny` from scratch."""
+    demos: int | None = None
+    """Use only the first successful episodes."""
+    held_out: int = 8
+    """Last of them, never trained on."""
+    lora_rank: int = 0
+    """Train adapters of this rank instead of all weights; 0: all weights."""
+    lora_alpha: float = 16.0
+    steps: int = 2000
+    batch: int = 16
+    """Frames a step."""
+    lr: float = 1e-3
+    """Peak learning rate of the hidden matrices (Muon) from scratch; of everything else and of a
+    checkpoint's weights (AdamW) `lr_vectors`."""
+    lr_vectors: float = 5e-4
+    weight_decay: float = 0.01
+    warmup: int = 50
+    ema: float = 0.995
+    jitter: float = 0.1
+    """Strength of brightness, contrast and noise augmentation; imagined frames are a bit soft."""
+    seed: int = 0
+    threads: int = 1
+    device: str = "auto"
+    precision: str = "auto"
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("held_out", "steps", "batch", "threads", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.lora_rank < 0 or (self.lora_rank and self.init is None):
+            raise UserError("lora_rank: adapters need a checkpoint to adapt; give one with --init")
+
+
+class Demonstrations:
+    """Pictures and tokens of the successes of a dataset, ready for batches."""
+
+    def __init__(self, data: EpisodeArrays, policy: VLAPolicy, rows: npt.NDArray[np.int64]) -> None:
+        frames = np.stack([data.frames[row] for row in rows])  # [N,T+1,H,W,3]
+        N, steps = frames.shape[:2]
+        pictures = policy.pictures(frames.reshape(N * steps, 1, *frames.shape[2:]))
+        self.pictures = pictures.unflatten(0, (N, steps))  # [N,T+1,1,S,S,3]
+        self.tokens = torch.from_numpy(policy.to_tokens(data.actions[rows]))  # [N,T,A]
+        self.instruction = data.instruction
+        self.chunk = policy.action_spec.chunk
+        self.last = self.tokens.shape[1] - self.chunk  # latest frame with a whole chunk after it
+        if self.last < 0:
+            raise UserError(
+                f"episodes have {self.tokens.shape[1]} actions; the policy's chunk is {self.chunk}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, episodes: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> tuple[
+        Tensor, Tensor
+    ]:  # fmt: skip
+        """Pictures [B,1,S,S,3] at these moments and the tokens [B,chunk,A] that follow."""
+        follow = times[:, None] + np.arange(self.chunk)
+        return self.pictures[episodes, times], self.tokens[episodes[:, None], follow]
+
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+        """A random batch; a third of the frames are those a rollout looks at."""
+        times = rng.integers(0, self.last + 1, batch)
+        ends = rng.integers(0, self.last // self.chunk + 1, batch) * self.chunk
+        return self.batch(
+            rng.integers(0, len(self), batch), np.where(rng.random(batch) < 1 / 3, ends, times)
+        )
+
+    def all_ends(self) -> tuple[Tensor, Tensor]:
+        """Every episode at every moment that a rollout looks at."""
+        times = np.arange(0, self.last + 1, self.chunk)
+        return self.batch(np.repeat(np.arange(len(self)), len(times)), np.tile(times, len(self)))
+
+
+def augment(pictures: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast and pixel noise on uint8 pictures [B,V,S,S,3]."""
+    if not strength:
+        return pictures
+    B = len(pictures)
+    shape = (B, *[1] * (pictures.dim() - 1))
+    gain = torch.from_numpy(rng.uniform(1 - strength, 1 + strength, B).astype(np.float32))
+    shift = torch.from_numpy(rng.uniform(-strength, strength, B).astype(np.float32))
+    level = torch.from_numpy(rng.uniform(0, 0.2 * strength, B).astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
+    x = pictures.float() / 255
+    x = (x - 0.5) * gain.view(shape) + 0.5 + 0.3 * shift.view(shape) + level.view(shape) * noise
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def fit_statistics(actions_NTA: npt.NDArray[np.float32], spec: ActionSpec) -> Statistics:
+    """Quantiles q01 and q99 of each action dimension; the gripper passes through as it is."""
+    flat = actions_NTA.reshape(-1, spec.dim).astype(np.float64)
+    low, high = np.quantile(flat, 0.01, axis=0), np.quantile(flat, 0.99, axis=0)
+    mask = [name != "gripper" for name in spec.names]
+    width = np.maximum(high - low, 1e-3)  # a dimension that never moves keeps a little room
+    return Statistics(
+        tuple(np.round(low, 6).tolist()), tuple(np.round(low + width, 6).tolist()), tuple(mask)
+    )
+
+
+def start_policy(config: PolicyTraining, data: EpisodeArrays, device: torch.device) -> VLAPolicy:
+    """The policy to train: a checkpoint's, or `tiny` with random weights."""
+    if config.init is not None:
+        policy = VLAPolicy.from_pretrained(config.init, device=device)
+        policy.action_spec.require_same(data.action_spec, config.init, str(config.data))
+        return policy
+    spec = data.action_spec
+    network = OpenVLAOFT(tiny_config(spec.dim, spec.chunk))
+    network.init_weights(config.seed)
+    made = PolicyConfig(action_spec=spec, suite=data.env_id)
+    statistics = fit_statistics(data.actions[data.success], spec)
+    return VLAPolicy(network.to(device), made, statistics)
+
+
+def policy_loss(policy: VLAPolicy, batch: tuple[Tensor, Tensor], instruction: str) -> Tensor:
+    """Mean cross-entropy of the batch's action tokens, nats a token."""
+    pictures, tokens = batch
+    logits = policy.forward(pictures, [instruction] * len(pictures))
+    logprobs, _ = token_logprobs(logits, tokens.flatten(1).to(logits.device), 1.0)
+    return -logprobs.mean()
+
+
+@torch.no_grad()
+def check(policy: VLAPolicy, demos: Demonstrations) -> dict[str, float]:
+    """Cross-entropy and greedy actions' absolute error at the moments a rollout looks at."""
+    pictures, tokens = demos.all_ends()
+    losses, errors = [], []
+    for i in range(0, len(pictures), 32):
+        part = pictures[i : i + 32], tokens[i : i + 32]
+        logits = policy.forward(part[0], [demos.instruction] * len(part[0])).cpu()
+        losses.append(-token_logprobs(logits, part[1].flatten(1), 1.0)[0])
+        greedy = policy.to_actions(logits.argmax(-1).view(part[1].shape).numpy())
+        errors.append(np.abs(greedy - policy.to_actions(part[1].numpy()))[..., :3])
+    return {
+        "held_out_loss": float(torch.cat(losses).mean()),
+        "held_out_error": float(np.concatenate(errors).mean()),
+    }
+
+
+def train(config: PolicyTraining) -> Path:
+    """Train until ``config.steps``; returns the checkpoint folder of the averaged policy."""
+    torch.set_num_threads(config.threads)
+    device = device_for(config.device)
+    data = load_arrays(config.data)
+    successes = np.flatnonzero(data.success)[: config.demos]
+    if len(successes) <= config.held_out:
+        raise UserError(
+            f"{config.data}: {len(successes)} successful episodes are used and held_out is "
+            f"{config.held_out}; collect more, or hold out fewer"
+        )
+    policy = start_policy(config, data, device)
+    network = policy.network
+    trained = Demonstrations(data, policy, successes[: -config.held_out])
+    held = Demonstrations(data, policy, successes[-config.held_out :])
+    optimizer: Any
+    if config.init is None:
+        optimizer = MuonAdamW(network, config)
+        bases = [config.lr, config.lr_vectors]
+    else:
+        parameters = list(network.parameters())
+        if config.lora_rank:
+            parameters = add_lora(network, config.lora_rank, config.lora_alpha, config.seed)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr_vectors, weight_decay=config.weight_decay
+        )
+        bases = [config.lr_vectors]
+    ema = EMA(network, config.ema)
+    step = load_state(config.out / "state", network, optimizer, ema)
+    run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
+    clock, seen = Clock(), []
+    with run.progress(config.steps, "policy", unit="step", initial=step) as progress:
+        while step < config.steps:
+            rng = np.random.default_rng([config.seed, step])
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                group["lr"] = learning_rate(step, config.steps, base, config.warmup)
+            pictures, tokens = trained.draw(rng, config.batch)
+            batch = augment(pictures, config.jitter, rng), tokens
+            with autocast(device, config.precision):
+                loss = policy_loss(policy, batch, trained.instruction)
+            seen.append(float(loss.detach()))
+            if not np.isfinite(seen[-1]):
+                raise UserError(
+                    f"loss is {seen[-1]} at step {step}; the last good checkpoint is in "
+                    f"{config.out}; lower the learning rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            ema.update(network, step)
+            step += 1
+            progress.update(1, loss=seen[-1])
+            if step % config.save_every == 0 or step == config.steps:
+                row = {"loss": float(np.mean(seen)), "frames_per_second":
+                       config.batch * len(seen) / clock.lap()}  # fmt: skip
+                seen = []
+                with ema.applied(network), autocast(device, config.precision):
+                    row |= check(policy, held)
+                    save(policy, config, len(trained), step)
+                run.log(step, row)
+                save_state(config.out / "state", network, optimizer, ema, step)
+                progress.write(
+                    f"step {step}: loss {row['loss']:.3f}, held-out {row['held_out_loss']:.3f}, "
+                    f"greedy error {row['held_out_error']:.3f}, "
+                    f"{row['frames_per_second']:.1f} frames/s"
+                )
+    run.close()
+    return config.out / "model"
+
+
+def save(policy: VLAPolicy, config: PolicyTraining, demos: int, step: int) -> None:
+    """Write the policy; with LoRA also its adapters, the weights then being merged ones."""
+    record = {"demos": demos, "steps": step, "seed": config.seed, "data": config.data.name}
+    kept = VLAPolicy(
+        policy.network,
+        PolicyConfig(**{**vars(policy.config), "record": record}),
+        policy.statistics,
+    )
+    if config.lora_rank:
+        import copy
+
+        save_lora(policy.network, config.out / "lora_adapter")
+        kept.network = copy.deepcopy(policy.network)
+        merge_and_unload(kept.network)
+    kept.save(config.out / "model")
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line."""
+    config = tyro.cli(PolicyTraining, args=argv, prog="worldloop train policy")
+    print(f"policy: {train(config)}")
+    return 0
