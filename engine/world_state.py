@@ -86,6 +86,32 @@ class WorldState:
             done=self.done[rows],
         )
 
+    @staticmethod
+    def join(states: Sequence[WorldState]) -> WorldState:
+        """The rows of several states that are equally far, in that order; everything is copied.
+
+        Raises UserError where they are not, or come from different world models.
+        """
+        first = states[0]
+        places = [(state.cursor, state.chunk, state.past_actions.shape[1:]) for state in states]
+        if len(set(places)) > 1 or len({state.ring is None for state in states}) > 1:
+            raise UserError(
+                f"join: states are at chunks {[state.chunk for state in states]} and latent "
+                f"frames {[state.cursor for state in states]}; join equals only"
+            )
+        rings = [state.ring for state in states if state.ring is not None]
+        return dataclasses.replace(
+            first,
+            ring=KVRing.join(rings) if rings else None,
+            decoder=Stream.cat([state.decoder for state in states]),
+            last_latent=torch.cat([state.last_latent for state in states]),
+            seeds=tuple(seed for state in states for seed in state.seeds),
+            poses=np.concatenate([state.poses for state in states]),
+            past_actions=np.concatenate([state.past_actions for state in states]),
+            high=np.concatenate([state.high for state in states]),
+            done=np.concatenate([state.done for state in states]),
+        )
+
     # ------------------------------------------------------------ on disk
 
     def save(self, folder: PathLike) -> Path:

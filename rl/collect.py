@@ -7,6 +7,7 @@ that ends as wanted is rendered. Shape letters: T actions, A their dimension, O 
 from __future__ import annotations
 
 import fcntl
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import disk_error
 from worldloop.outcome import actions_only_accuracy, save_actions_only
-from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.rl.envs.maniskill import ManiSkillEnv, reset_in_view, task_preset
 from worldloop.track import Progress
 from worldloop.types import ActionSpec, Episode
 
@@ -105,20 +106,10 @@ class Attempt:
     rejected: str  # why it is not kept; empty when it is
 
 
-def _reset_in_view(env: ManiSkillEnv, rng: np.random.Generator) -> int:
-    """Reset until every object starts where the camera shows it well; return the seed used."""
-    for _ in range(1000):
-        sim_seed = int(rng.integers(2**31))
-        env.reset(sim_seed)
-        if env.task.in_view is None or (np.abs(env.objects()[:, :2]) < env.task.in_view).all():
-            return sim_seed
-    raise RuntimeError(f"{env.task.env_id}: no start within {env.task.in_view} in 1000 resets")
-
-
 def play(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Attempt | str:
     """Try for the wanted outcome once; a string says why the plan was not even begun."""
     rng = np.random.default_rng([seed, try_])
-    sim_seed = _reset_in_view(env, rng)
+    sim_seed = reset_in_view(env, (int(rng.integers(2**31)) for _ in itertools.count()))
     offset = perturbation(env.task.env_id, rng, want)
     start = env.objects()
     half = env.task.spawn_half_width

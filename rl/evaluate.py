@@ -1,0 +1,316 @@
+"""`worldloop evaluate policy`: the success rate of a policy, in the simulator or in imagination.
+
+Every start is played exactly once over the rows of an environment: a row that has finished takes
+the next start at once. Shape letters: N starts, B rows of the environment, T actions of a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import worldloop
+from worldloop.cli import parse_config
+from worldloop.config import config_to_dict
+from worldloop.engine.policy.base import Observation, Policy
+from worldloop.engine.sampler import derive_seed
+from worldloop.engine.world_model import WorldModel
+from worldloop.episodes import EpisodeDataset
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+from worldloop.metrics import wilson_interval
+from worldloop.rl.envs.maniskill import ManiSkillVectorEnv, task_preset
+from worldloop.rl.envs.vector import ChunkVectorEnv
+from worldloop.rl.envs.world import WorldVectorEnv
+from worldloop.track import Progress
+from worldloop.types import Starts
+
+WORLD = "world"  # the name of the environment that is a world model
+SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data/demo-pushcube"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How N episodes ended."""
+
+    starts: tuple[int, ...]  # simulator seeds, or indices into a pool
+    success: npt.NDArray[np.bool_]  # [N]
+    steps: npt.NDArray[np.int64]  # [N] control steps until success, or the horizon
+    frames: int  # control steps carried out (or imagined) in all
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Share of successes."""
+        return float(self.success.mean())
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Wilson score interval of the rate, 95 %."""
+        return wilson_interval(int(self.success.sum()), len(self.success))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the figures first, then every episode."""
+        done = self.steps[self.success]
+        return {
+            "episodes": len(self.success),
+            "successes": int(self.success.sum()),
+            "rate": self.rate,
+            "ci95": list(self.ci95),
+            "mean_steps_to_success": float(done.mean()) if len(done) else None,
+            "frames": self.frames,
+            "seconds": self.seconds,
+            "starts": list(self.starts),
+            "success": [bool(flag) for flag in self.success],
+            "steps": [int(count) for count in self.steps],
+        }
+
+
+def evaluate(
+    env: ChunkVectorEnv,
+    policy: Policy,
+    starts: Sequence[int],
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    episodes: Sequence[int] | None = None,
+) -> Evaluation:
+    """Play every start [N] once with the policy; the result does not depend on the rows.
+
+    Episode i acts and is imagined with the seeds that ``RolloutEngine.rollout(seed=seed)`` gives
+    its group i. episodes: the number i of each start (0 .. N-1 without it), for parts of a larger
+    evaluation. progress counts episodes. Raises UserError when the policy's actions mean something
+    else than the environment's.
+    """
+    spec = env.action_spec
+    spec.require_same(policy.action_spec, "the environment", "the policy")
+    if spec.chunk != policy.action_spec.chunk:
+        raise UserError(
+            f"the environment takes chunks of {spec.chunk} actions, the policy gives "
+            f"{policy.action_spec.chunk}"
+        )
+    N, B = len(starts), env.num_envs
+    numbers = list(range(N)) if episodes is None else [int(number) for number in episodes]
+    if not N or len(numbers) != N:
+        raise UserError(f"{N} starts and {len(numbers)} episode numbers; expected 1 or more, equal")
+    success, steps = np.zeros(N, bool), np.zeros(N, np.int64)
+    begun, frames = time.perf_counter(), 0
+    playing = np.full(B, -1)  # which of the N each row plays
+    taken = ended = 0
+    free = np.arange(B)
+    while True:
+        free = free[: N - taken]
+        if len(free):
+            playing[free] = np.arange(taken, taken + len(free))
+            taken += len(free)
+            mask, chosen, seeds = np.zeros(B, bool), np.zeros(B, np.int64), [0] * B
+            mask[free] = True
+            for row in free:
+                chosen[row] = starts[playing[row]]
+                seeds[row] = derive_seed(seed, numbers[playing[row]], 0)
+            obs, infos = env.reset(seed=seeds, options={"reset_mask": mask, "starts": chosen})
+        rows = np.flatnonzero(playing >= 0)
+        if not len(rows):
+            break
+        actions = np.zeros((B, spec.chunk, spec.dim), np.float32)
+        for chunk in np.unique(infos["chunk"][rows]):
+            group = rows[infos["chunk"][rows] == chunk]
+            observation = Observation(
+                obs["frame"][group][:, None, None],
+                obs["pose"][group],
+                tuple(str(text) for text in infos["instruction"][group]),
+                tuple(numbers[playing[row]] for row in group),
+                int(chunk),
+            )
+            # No group has the number -1: never the seed of an episode's world noise.
+            acted = policy.act(observation, derive_seed(seed, -1, int(chunk)))
+            actions[group] = acted.actions
+        obs, _, terminated, truncated, infos = env.step(actions)
+        frames += int(infos["played"].sum())
+        free = rows[(terminated | truncated)[rows]]
+        success[playing[free]] = infos["success"][free]
+        steps[playing[free]] = infos["steps"][free]
+        playing[free] = -1
+        ended += len(free)
+        if progress is not None and len(free):
+            progress.update(len(free), success=f"{success.sum() / ended:.0%}")
+    seconds = time.perf_counter() - begun
+    return Evaluation(tuple(int(start) for start in starts), success, steps, frames, seconds)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure how often a policy succeeds; write the figures and every outcome as JSON."""
+
+    policy: str
+    """Checkpoint folder, shipped policy or hub id."""
+    env: str = "PushCube-v1"
+    """ManiSkill task, or `world`: the episodes are imagined."""
+    episodes: int = 200
+    first_seed: int = 3_000_000
+    """Simulator seed of the first episode; from 3000000 on no training has seen any."""
+    temperature: float = 0.0
+    """Of the policy's sampling; 0 is greedy."""
+    seed: int = 0
+    """Of the policy's sampling and of the world's noise."""
+    out: Path = Path("runs/evaluation.json")
+    horizon: int = 72
+    """Control steps after which an episode has failed."""
+    held_frames: int = 2
+    """Consecutive control steps that the simulator's success flag must hold."""
+    world: str = "tiny"
+    """World model of `--env world`: shipped preset, checkpoint folder or hub id."""
+    starts: Path = SHIPPED_EPISODES
+    """Dataset whose first frames begin the episodes of `--env world`; they repeat when there are
+    fewer than episodes, each time with its own noise."""
+    steps: Literal[1, 2, 4] = 4
+    """Denoising steps of `--env world`."""
+    rows: int | None = None
+    """Episodes at a time in each process: 1 in the simulator, 16 in imagination."""
+    threads: int = 2
+    processes: int = 1
+    """More than one share the episodes, with one thread each."""
+    device: str = "cpu"
+    """Of the policy and the world model."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "held_frames", "threads", "processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"rows is {self.rows}; must be at least 1")
+        for name in ("first_seed", "seed", "temperature"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. {2**31 - 1}")
+        if self.env != WORLD:
+            try:
+                task_preset(self.env)
+            except ValueError as error:
+                raise UserError(f"env: {error}; or `{WORLD}`") from error
+
+
+def read_starts(folder: Path, count: int | None = None) -> Starts:
+    """First frames, poses and instructions of a dataset's (first ``count``) episodes."""
+    dataset = EpisodeDataset(folder)
+    number = len(dataset) if count is None else min(count, len(dataset))
+    if number < 1:
+        raise UserError(f"{folder}: holds no episodes to begin from")
+    episodes = [dataset.read(i) for i in range(number)]
+    return Starts(
+        frames=np.stack([episode.frames[0] for episode in episodes])[:, None, None],
+        poses=np.stack([episode.states[0] for episode in episodes]),
+        instructions=tuple(episode.instruction for episode in episodes),
+    )
+
+
+def load_policy(config: EvaluateConfig) -> Policy:
+    """The policy of a config."""
+    from worldloop.engine.policy.vla import VLAPolicy  # not needed to evaluate another one
+
+    return VLAPolicy.from_pretrained(
+        config.policy, temperature=config.temperature, device=config.device
+    )
+
+
+def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
+    """The environment of a config with that many rows (or the rows it names)."""
+    if config.env == WORLD:
+        return WorldVectorEnv(
+            WorldModel.from_pretrained(config.world, device=config.device),
+            read_starts(config.starts, config.episodes),
+            min(rows, config.rows or 16),
+            horizon=config.horizon,
+            steps=config.steps,
+        )
+    return ManiSkillVectorEnv(
+        config.env,
+        min(rows, config.rows or 1),
+        horizon=config.horizon,
+        held_frames=config.held_frames,
+    )
+
+
+@lru_cache(maxsize=1)
+def _worker(config: EvaluateConfig, rows: int) -> tuple[ChunkVectorEnv, Policy]:
+    return make_env(config, rows), load_policy(config)
+
+
+def _run(
+    config: EvaluateConfig, numbers: Sequence[int], rows: int, threads: int,
+    progress: Progress | None = None,
+) -> Evaluation:  # fmt: skip
+    """The episodes of these numbers, in this process."""
+    torch.set_num_threads(threads)
+    env, policy = _worker(config, rows)
+    if isinstance(env, WorldVectorEnv):
+        size = len(env.starts.instructions)
+        starts = [number % size for number in numbers]
+    else:
+        starts = [config.first_seed + number for number in numbers]
+    return evaluate(env, policy, starts, config.seed, progress, episodes=numbers)
+
+
+def evaluate_policy(config: EvaluateConfig) -> Evaluation:
+    """Evaluate as configured, write ``config.out``, return the evaluation."""
+    N, processes = config.episodes, min(config.processes, config.episodes)
+    begun = time.perf_counter()
+    with Progress(N, f"evaluate {config.env}", unit="ep") as progress:
+        if processes == 1:
+            whole = _run(config, range(N), N, config.threads, progress)
+            _worker.cache_clear()
+        else:
+            # Several parts a process: they end together, and the bar moves.
+            size = max(1, math.ceil(N / (processes * 4)), config.rows or 1)
+            parts = [range(first, min(first + size, N)) for first in range(0, N, size)]
+            done: dict[int, Evaluation] = {}
+            with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+                tasks = {
+                    pool.submit(_run, config, part, size, 1): i for i, part in enumerate(parts)
+                }
+                try:
+                    for task in as_completed(tasks):
+                        part = done[tasks[task]] = task.result()
+                        rate = np.concatenate([each.success for each in done.values()]).mean()
+                        progress.update(len(part.success), success=f"{rate:.0%}")
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            ordered = [done[i] for i in range(len(parts))]
+            whole = Evaluation(
+                starts=tuple(start for part in ordered for start in part.starts),
+                success=np.concatenate([part.success for part in ordered]),
+                steps=np.concatenate([part.steps for part in ordered]),
+                frames=sum(part.frames for part in ordered),
+                seconds=time.perf_counter() - begun,
+            )
+    report = {"config": config_to_dict(config), **whole.to_dict()}
+    atomic_write_text(config.out, json.dumps(report, indent=2) + "\n")
+    return whole
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line."""
+    config = parse_config(EvaluateConfig, argv, "worldloop evaluate policy")
+    result = evaluate_policy(config)
+    low, high = result.ci95
+    print(
+        f"{config.out}: {int(result.success.sum())} of {len(result.success)} episodes succeed: "
+        f"{result.rate:.1%} (95 % interval {low:.1%} .. {high:.1%}), "
+        f"{result.frames / max(result.seconds, 1e-9):.0f} frames/s"
+    )
+    return 0
