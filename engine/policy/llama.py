@@ -19,7 +19,12 @@ from worldloop.errors import UserError
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Defaults are Llama-2-7B with OpenVLA's padded vocabulary."""
+    """Defaults are Llama-2-7B with OpenVLA's padded vocabulary.
+
+    eps is not Llama-2's 1e-5: OpenVLA's conversion wrote a config without it, so every published
+    checkpoint was fine-tuned and evaluated at transformers' default (openvla/openvla,
+    vla-scripts/extern/convert_openvla_weights_to_hf.py).
+    """
 
     width: int = 4096
     depth: int = 32
@@ -27,7 +32,7 @@ class LlamaConfig:
     mlp_width: int = 11008
     vocab_rows: int = 32064
     rope_theta: float = 10000.0
-    eps: float = 1e-5
+    eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width // self.heads % 2:

@@ -173,7 +173,7 @@ def test_llama_against_transformers_with_a_bidirectional_mask(padded):
             num_attention_heads=4,
             intermediate_size=96,
             vocab_size=50,
-            rms_norm_eps=1e-5,
+            rms_norm_eps=1e-6,
             attn_implementation="eager",
         )
     ).eval()
@@ -202,6 +202,7 @@ def test_logits_shape_and_the_7b_slice(model, inputs):
         logits = model.logits(*inputs)
     assert logits.shape == (2, 56, 256) and logits.dtype == torch.float32
     published = PRESETS["7b"]()
+    assert published.llama.eps == 1e-6  # transformers' default, not Llama-2's
     assert published.first_action_id == 31744 and published.llama.vocab_rows == 32064
 
 
