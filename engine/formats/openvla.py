@@ -24,6 +24,7 @@ from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.engine.formats.cosmos import read_cosmos
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.openvla_oft import OpenVLAConfig, OpenVLAOFT
+from worldloop.engine.policy.vision import DINOV2_L, SIGLIP_SO400M
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 
@@ -33,7 +34,16 @@ VALUE_HEAD = tuple(
     f"value_head.mlp.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")
 )
 TIMM_IDS = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
-_LLAMA_KEYS = {  # text_config's names; what is absent there is Llama-2-7B's
+_PUBLISHED_NAMES = {  # by which the published code builds its parts
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "llm_backbone_id": "llama2-7b-pure",
+    "hf_llm_id": "meta-llama/Llama-2-7b-hf",
+    "timm_model_ids": TIMM_IDS,
+    "timm_override_act_layers": [None, None],
+    "image_resize_strategy": "resize-naive",
+    "llm_max_length": 2048,
+}
+_LLAMA_KEYS = {  # text_config's names; what is absent there has LlamaConfig's default
     "hidden_size": "width",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
@@ -95,10 +105,14 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
         if document.get(key, expected) != expected:
             raise UserError(f"{path}: {key} is {document[key]!r}; this loader knows {expected!r}")
     text = document.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise UserError(f"{path}: text_config is {text!r}; expected an object")
     own = {ours: text[theirs] for theirs, ours in _LLAMA_KEYS.items() if theirs in text}
     if text.get("num_key_value_heads", text.get("num_attention_heads", 32)) != own.get("heads", 32):
         raise UserError(f"{path}: text_config.num_key_value_heads: grouped keys are not supported")
-    return dataclasses.replace(base, llama=dataclasses.replace(base.llama, **own))
+    values = config_to_dict(base)
+    values["llama"] |= own
+    return config_from_dict(OpenVLAConfig, values, f"{path}: text_config")
 
 
 def read_shards(
@@ -113,9 +127,10 @@ def read_shards(
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{path}: key 'weight_map' must be an object; download the file again")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(shard_of.values())):
+    for name in shard_of.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{path}: weight_map: {name!r} is not a plain file name")
+    for name in sorted(set(shard_of.values())):
         shard = load_tensors(folder / name, device)
         listed = {key for key, owner in shard_of.items() if owner == name}
         for what, keys in (("lacks", listed - set(shard)), ("also holds", set(shard) - listed)):
@@ -169,10 +184,12 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _published_config(config: OpenVLAConfig) -> dict[str, Any]:
     text = {theirs: getattr(config.llama, ours) for theirs, ours in _LLAMA_KEYS.items()}
+    known = config.dino == DINOV2_L and config.siglip == SIGLIP_SO400M
     return {
         "model_type": "openvla",
         "architectures": ["OpenVLAForActionPrediction"],
         "arch_specifier": "no-align+fused-gelu-mlp",
+        **(_PUBLISHED_NAMES if known else {}),
         "image_sizes": [config.image_size] * 2,
         "n_action_bins": 256,
         "pad_token_id": config.pad_id,
@@ -214,7 +231,8 @@ def merge_lora(tensors: dict[str, Tensor], adapter: str | Path) -> int:
         if target not in tensors:
             raise UserError(f"{path}: {key_a} adapts {target}, which the model does not have")
         weight = tensors[target]
-        if A.dim() != 2 or len(A) != rank or (len(B), *A.shape[1:]) != tuple(weight.shape):
+        out, inner = weight.shape if weight.dim() == 2 else (-1, -1)
+        if (tuple(A.shape), tuple(B.shape)) != ((rank, inner), (out, rank)):
             raise UserError(
                 f"{path}: {key_a} {list(A.shape)} and lora_B {list(B.shape)} do not fit "
                 f"{target} {list(weight.shape)} at rank {rank}"
@@ -252,7 +270,10 @@ def read_statistics(
         raise UserError(f"{path}: no statistics of {suite!r}; it has {', '.join(document) or '-'}")
     try:
         statistics = Statistics.from_dict(document[key][quantity], low=low, high=high)
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except KeyError as error:
+        has = ", ".join(document[key]) or "-"
+        raise UserError(f"{path}: {key} has no {quantity!r}; it has {has}") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: {key}.{quantity}: {error}") from error
     if statistics.dim != action_dim:
         raise UserError(
