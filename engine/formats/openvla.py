@@ -229,7 +229,10 @@ def merge_lora(tensors: dict[str, Tensor], adapter: str | Path) -> int:
         target = key_a.removeprefix("base_model.model.").partition(".lora_A.")[0] + ".weight"
         A, B = lora[key_a].float(), lora[key_b].float()
         if target not in tensors:
-            raise UserError(f"{path}: {key_a} adapts {target}, which the model does not have")
+            raise UserError(
+                f"{path}: {key_a} adapts {target}, which the model does not have; the adapter "
+                "belongs to another network"
+            )
         weight = tensors[target]
         out, inner = weight.shape if weight.dim() == 2 else (-1, -1)
         if (tuple(A.shape), tuple(B.shape)) != ((rank, inner), (out, rank)):
