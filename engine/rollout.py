@@ -1,7 +1,8 @@
 """RolloutEngine: policy and world model in turn, many episodes at once.
 
-Episodes go through in batches of at most ``max_batch``; with ``stop_on_success`` the rows that
-have succeeded leave the batch after the chunk, so that no step is spent on them.
+Episodes go through in batches of at most ``max_batch``; with ``stop_on_success`` an episode is
+over at its first success: later actions are not valid, and its row leaves the batch after the
+chunk, so that no step is spent on it.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class RolloutEngine:
             out, state = self.world.step(
                 state, action.actions, steps=self.steps, decode=decode, timer=timer
             )
-            self._record(record, rows, k, action, out, decode)
+            self._record(record, rows, k, action, out, decode, stop_on_success)
             if out.frames is not None:
                 shown = out.frames[:, -1:]
             if progress is not None:
@@ -188,13 +189,15 @@ class RolloutEngine:
         action: PolicyAction,
         out: Chunk,
         decode: Decode,
+        stop_on_success: bool,
     ) -> None:
         T = self.world.action_spec.chunk
         shape = (len(rows), T, self.world.action_spec.dim)
         time_slice = slice(k * T, (k + 1) * T)
         record["actions"][rows, time_slice] = action.actions
         record["reward"][rows, time_slice] = out.reward
-        record["valid"][rows, time_slice] = True
+        over = np.cumsum(out.success, 1) - out.success > 0  # a success lies before this action
+        record["valid"][rows, time_slice] = ~over if stop_on_success else True
         record["success"][rows] |= out.success.any(1)
         for name, value in (("tokens", action.tokens), ("logprobs", action.logprobs)):
             if value is not None:

@@ -23,7 +23,9 @@ _REQUIRED = ("actions", "reward", "success", "valid", "seeds", "group_id", "star
 _OPTIONAL = ("frames", "action_tokens", "logprobs")
 
 
-def save_rollout(rollout: Rollout, folder: Path | str, fps: float = 20.0) -> Path:
+def save_rollout(
+    rollout: Rollout, folder: Path | str, fps: float = 20.0, *, video: bool = True
+) -> Path:
     """Write rollout.safetensors, rollout.json and, with frames, rollout.mp4 (a grid of rows).
 
     Each file is replaced in one step. Returns the folder.
@@ -43,7 +45,7 @@ def save_rollout(rollout: Rollout, folder: Path | str, fps: float = 20.0) -> Pat
         "timings": rollout.timings,
         "fps": fps,
     }
-    if rollout.frames is not None and rollout.frames.shape[1] > 1:
+    if video and rollout.frames is not None and rollout.frames.shape[1] > 1:
         write_video(target / "rollout.mp4", _grid(rollout.frames[:, :, 0]), fps)
     atomic_write_text(target / "rollout.json", json.dumps(document, indent=2) + "\n")
     return target

@@ -6,6 +6,7 @@ B episodes, T frames or actions, V views, H W pixels, A action dim, F latent fra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -230,9 +231,13 @@ class Episode:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Stacked chunks of B imagined episodes with what the policy did in them."""
+    """Stacked chunks of B imagined episodes with what the policy did in them.
 
-    frames: Frames | None  # [B,T(+1),V,H,W,3]; None when nothing was decoded
+    ``frames`` is ``[B,1+T,V,H,W,3]`` (all decoded), ``[B,1+T/chunk,...]`` (the start and the one
+    after each chunk: what the policy saw) or None.
+    """
+
+    frames: Frames | None
     actions: Actions  # [B,T,A]
     reward: npt.NDArray[np.float32]  # [B,T]
     success: npt.NDArray[np.bool_]  # [B]
@@ -245,3 +250,41 @@ class Rollout:
     logprobs: npt.NDArray[np.float32] | None = None  # [B,T,A]
     policy_version: int = 0
     timings: dict[str, float] = field(default_factory=dict)  # seconds by part
+
+    def select(self, rows: npt.NDArray[Any]) -> Rollout:
+        """The given rows (indices, or a bool mask [B]); timings are the whole rollout's."""
+        index = np.arange(len(self.success))[rows]
+        chosen: dict[str, Any] = {
+            f.name: value[index]
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+        }
+        return dataclasses.replace(
+            self, instructions=tuple(self.instructions[i] for i in index), **chosen
+        )
+
+    @staticmethod
+    def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+        """Rows of several rollouts of one policy; groups are numbered anew, timings added up.
+
+        Raises ValueError where some have frames, tokens or log-probabilities and others not.
+        """
+        first, seconds, groups = rollouts[0], dict[str, float](), 0
+        joined: dict[str, Any] = {}
+        for f in dataclasses.fields(Rollout):
+            values = [getattr(rollout, f.name) for rollout in rollouts]
+            have = [isinstance(value, np.ndarray) for value in values]
+            if any(have) and not all(have):
+                raise ValueError(f"concatenate: only some of the rollouts have {f.name}")
+            if all(have):
+                joined[f.name] = np.concatenate(values)
+        numbered = []
+        for rollout in rollouts:
+            _, own = np.unique(rollout.group_id, return_inverse=True)
+            numbered.append(own.astype(np.int64) + groups)
+            groups += int(own.max()) + 1
+            for part, value in rollout.timings.items():
+                seconds[part] = seconds.get(part, 0.0) + value
+        joined["group_id"] = np.concatenate(numbered)
+        texts = tuple(text for rollout in rollouts for text in rollout.instructions)
+        return dataclasses.replace(first, instructions=texts, timings=seconds, **joined)

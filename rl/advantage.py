@@ -1,0 +1,42 @@
+"""Advantages of GRPO (SimpleVLA-RL): how much better than its group an episode did.
+
+Shape letters: B episodes, T actions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from worldloop.errors import UserError
+
+EPSILON = 1e-6  # beside the deviation, so that a group of equals has advantage 0
+Floats = npt.NDArray[np.float32]
+
+
+def group_advantages(score_B: npt.ArrayLike, group_B: npt.ArrayLike) -> Floats:
+    """(score - mean) / (std + 1e-6) within each group, the deviation unbiased; float32 [B].
+
+    A group of one has advantage 0. Raises UserError when the shapes differ.
+    """
+    score, group = np.asarray(score_B, np.float64), np.asarray(group_B)
+    if score.ndim != 1 or score.shape != group.shape:
+        raise UserError(f"scores {list(score.shape)} and groups {list(group.shape)}; expected [B]")
+    out = np.zeros(len(score), np.float32)
+    for name in np.unique(group):
+        rows = np.flatnonzero(group == name)
+        if len(rows) > 1:
+            own = score[rows]
+            out[rows] = (own - own.mean()) / (own.std(ddof=1) + EPSILON)
+    return out
+
+
+def mixed_groups(
+    success_B: npt.NDArray[np.bool_], group_B: npt.NDArray[np.int64], low: float, high: float
+) -> npt.NDArray[np.int64]:
+    """The groups whose mean success lies in [low, high]: the others teach nothing, or little."""
+    names = np.unique(group_B)
+    means = np.array([success_B[group_B == name].mean() for name in names])
+    # A hair of room: 0.1 must admit a mean of exactly one in ten.
+    kept: npt.NDArray[np.int64] = names[(means >= low - 1e-9) & (means <= high + 1e-9)]
+    return kept

@@ -1,0 +1,317 @@
+"""`worldloop grpo`: improve a policy inside the world model (paper sections 3.3 and 4.3).
+
+The algorithm, after SimpleVLA-RL. One step:
+
+    1. draw start frames; imagine ``group_size`` episodes from each (`RolloutEngine`); success is
+       the thresholded reward of the world model; an episode ends where it succeeds
+    2. keep the groups that are neither all failure nor all success (mean in [0.1, 0.9]); imagine
+       more starts until there are enough (refill: nothing is trained on masked groups)
+    3. advantage = (success - group mean) / (group deviation + 1e-6), the same for all its tokens
+    4. token ratios clipped to [1 - 0.2, 1 + 0.28], mean within an episode, then over episodes;
+       no KL term, no entropy term, no value function
+
+Departures from SimpleVLA-RL: success is a number, not 5 times it (the factor cancels); the frames
+of rollouts are kept as uint8; the surplus of a refill round is trained on instead of thrown away.
+
+Every random draw follows from (seed, step, round), finished refill rounds are on disk, and the
+learner's state is saved at each step: a killed run goes on where it was.
+
+Shape letters: B episodes, T actions, A action dim.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldloop.checkpoint import load_training_state, save_training_state
+from worldloop.cli import parse_config
+from worldloop.engine.policy.vla import TEMPERATURE, VLAPolicy
+from worldloop.engine.rollout import RolloutEngine
+from worldloop.engine.sampler import derive_seed
+from worldloop.engine.world_model import WorldModel
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+from worldloop.rl.advantage import group_advantages, mixed_groups
+from worldloop.rl.learner import Experience, Learner, LearnerConfig
+from worldloop.rl.starts import load_starts
+from worldloop.rollout_io import load_rollout, save_rollout
+from worldloop.track import Progress, Run
+from worldloop.types import Rollout, Starts
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO inside a world model; run it again to resume. Defaults are SimpleVLA-RL's."""
+
+    out: Path
+    policy: str = "policy/pushcube"
+    """Shipped name, checkpoint folder or hub id of the policy to improve."""
+    world: str = "tiny"
+    """Shipped preset, checkpoint folder or hub id of the world model."""
+    starts: Path | None = None
+    """Dataset whose first frames episodes start from; without it the shipped episodes."""
+    steps: int = 100
+    """Iterations of rollout and update."""
+    groups: int = 64
+    """Mixed groups wanted a step."""
+    group_size: int = 8
+    horizon: int = 72
+    """Actions an episode; a multiple of the world model's chunk."""
+    temperature: float = TEMPERATURE
+    world_steps: int = 4
+    """Denoising steps of the world model."""
+    share_noise: bool = False
+    """Whether a group's members share the world's noise (then only their actions differ)."""
+    accuracy_low: float = 0.1
+    accuracy_high: float = 0.9
+    """Mean success of a group that is trained on."""
+    rounds: int = 8
+    """Most refill rounds a step; what is there by then is trained on."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    seed: int = 0
+    max_batch: int = 64
+    """Most episodes imagined at once."""
+    evaluate_every: int = 10
+    """Steps between greedy rollouts from the held-out starts (and a sample video); 0: never."""
+    evaluate_starts: int = 32
+    """Last start frames of the dataset, never trained on."""
+    keep_every: int = 10
+    """Steps between policies that are kept (out/policies/STEP)."""
+    threads: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+    """Of world model and policy: fp32 or bf16 (the learner's weights stay fp32)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups", "rounds", "max_batch", "threads", "keep_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.group_size < 2:
+            raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
+        if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:
+            raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; sampling needs more than 0")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision is {self.precision!r}; expected fp32 or bf16")
+
+
+TINY = LearnerConfig(lr=1e-4, mini_batch=32, micro_batch=16, old_logprobs="rollout")
+
+PRESETS: dict[str, tuple[str, GRPOConfig]] = {
+    "simplevla": ("SimpleVLA-RL's settings for LIBERO", GRPOConfig(out=Path("runs/grpo"))),
+    "tiny": (
+        "the shipped tiny models on two CPU cores",
+        GRPOConfig(out=Path("runs/grpo-tiny"), groups=8, steps=40, learner=TINY),
+    ),
+}
+
+
+class GRPO:
+    """The parts of one run, and `step`."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        world: WorldModel,
+        policy: VLAPolicy,
+        starts: Starts,
+    ) -> None:
+        self.config = config
+        self.engine = RolloutEngine(world, policy, steps=config.world_steps)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.precision = torch.autocast(
+            torch.device(config.device).type, dtype, enabled=dtype is not torch.float32
+        )
+        self.learner = Learner(policy, config.learner, self.precision)
+        count = len(starts.instructions)
+        held = config.evaluate_starts if config.evaluate_every else 0
+        if count <= held:
+            raise UserError(
+                f"{count} start frames, of which {held} are held out; give a larger dataset "
+                "with --starts, or fewer with --evaluate-starts"
+            )
+        self.starts = starts.select(range(count - held))
+        self.held_out = starts.select(range(count - held, count)) if held else None
+
+    # ------------------------------------------------------------ rollouts
+
+    def imagine(self, starts: Starts, group_size: int, seed: int, **options: Any) -> Rollout:
+        """Episodes by the present policy; each ends at its success."""
+        config = self.config
+        with self.precision:
+            rollout = self.engine.rollout(
+                starts, horizon=config.horizon, group_size=group_size, seed=seed,
+                max_batch=config.max_batch, stop_on_success=True, **options,
+            )  # fmt: skip
+        return replace(rollout, policy_version=self.learner.policy.version)
+
+    def collect(self, step: int, folder: Path, progress: Progress | None = None) -> Collected:
+        """Refill rounds until there are enough mixed groups; each is kept in ``folder``."""
+        config = self.config
+        kept: list[Rollout] = []
+        tried = successes = 0
+        wanted, mixed, seconds = config.groups, 0, {}
+        for round_ in range(config.rounds):
+            seed = derive_seed(config.seed, step, round_)
+            path = folder / f"round-{round_:02d}"
+            if (path / "rollout.json").is_file():
+                rollout = load_rollout(path)
+            else:
+                rng = np.random.default_rng(seed)
+                rows = rng.choice(
+                    len(self.starts.instructions), wanted,
+                    replace=wanted > len(self.starts.instructions),
+                )  # fmt: skip
+                rollout = self.imagine(
+                    self.starts.select(rows.tolist()), config.group_size, seed,
+                    share_noise=config.share_noise, progress=progress,
+                )  # fmt: skip
+                save_rollout(rollout, path, video=False)
+            for part, value in rollout.timings.items():
+                seconds[part] = seconds.get(part, 0.0) + value
+            good = mixed_groups(
+                rollout.success, rollout.group_id, config.accuracy_low, config.accuracy_high
+            )
+            tried += len(np.unique(rollout.group_id))
+            successes += int(rollout.success.sum())
+            if len(good):
+                kept.append(rollout.select(np.isin(rollout.group_id, good)))
+                mixed += len(good)
+            if mixed >= config.groups:
+                break
+            # As many more as the yield so far suggests, but never more than a first round.
+            share = max(mixed / tried, 1 / config.groups)
+            wanted = min(config.groups, int(np.ceil((config.groups - mixed) / share)))
+        rate = successes / (tried * config.group_size)
+        return Collected(kept, tried, mixed, rate, seconds)
+
+    def step(self, step: int, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+        """One iteration; metrics. Raises UserError when no group was mixed in any round."""
+        begun = time.perf_counter()
+        found = self.collect(step, folder, progress)
+        imagined = time.perf_counter()
+        if not found.rollouts:
+            what = "failed" if found.success < 0.5 else "succeeded"
+            raise UserError(
+                f"step {step}: all {found.groups_tried} groups of {self.config.rounds} rounds were "
+                f"too uniform (imagined success {found.success:.0%}: nearly every episode {what}); "
+                "give starts or a policy of middling difficulty, or widen accuracy_low/high"
+            )
+        rollout = Rollout.concatenate(found.rollouts)
+        advantages = group_advantages(rollout.success, rollout.group_id)
+        metrics = self.learner.update(
+            Experience.of(rollout, advantages), derive_seed(self.config.seed, step, -1)
+        )
+        learned = time.perf_counter()
+        frames = found.groups_tried * self.config.group_size * self.config.horizon
+        return {
+            "imagined_success": found.success,
+            "group_yield": found.mixed / found.groups_tried,
+            "groups": found.mixed,
+            "rounds_groups": found.groups_tried,
+            "episode_length": float(rollout.valid.sum(1).mean()),
+            **metrics,
+            "frames": int(frames),
+            "frames_per_second": frames / (imagined - begun),
+            "seconds_rollout": imagined - begun,
+            "seconds_learn": learned - imagined,
+            **{f"seconds_{part}": value for part, value in found.seconds.items()},
+        }
+
+    def evaluate(self, video: Path | None = None) -> float:
+        """Imagined success of the greedy policy from the held-out starts."""
+        policy = self.learner.policy
+        assert self.held_out is not None
+        sampling, policy.temperature = policy.temperature, 0.0
+        try:
+            seed = derive_seed(self.config.seed, -1)
+            rollout = self.imagine(self.held_out, 1, seed)
+            if video is not None:
+                few = self.held_out.select(range(min(4, len(self.held_out.instructions))))
+                save_rollout(self.imagine(few, 1, seed, decode="all"), video)
+        finally:
+            policy.temperature = sampling
+        return float(rollout.success.mean())
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the refill rounds of one step gave."""
+
+    rollouts: Sequence[Rollout]  # mixed groups only
+    groups_tried: int
+    mixed: int
+    success: float  # of all episodes imagined, the uniform groups too
+    seconds: dict[str, float]
+
+
+# ---------------------------------------------------------------- the run
+
+
+def train(config: GRPOConfig) -> Path:
+    """Run all steps (those that are left); returns the folder of the last policy."""
+    torch.set_num_threads(config.threads)
+    world = WorldModel.from_pretrained(config.world, device=config.device)
+    policy = VLAPolicy.from_pretrained(
+        config.policy, temperature=config.temperature, device=config.device
+    )
+    grpo = GRPO(config, world, policy, load_starts(config.starts, world))
+    step = _resume(config, grpo)
+    run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
+    if step == 0:
+        keep(config, policy, 0)
+        if grpo.held_out is not None:
+            run.log(0, {"held_out_success": grpo.evaluate(config.out / "samples/000000")})
+    with run.progress(config.steps, "grpo", unit="step", initial=step) as progress:
+        while step < config.steps:
+            rounds = config.out / "rollouts" / f"{step:06d}"
+            metrics = grpo.step(step, rounds)
+            step += 1
+            last = step == config.steps
+            if config.evaluate_every and (step % config.evaluate_every == 0 or last):
+                video = config.out / "samples" / f"{step:06d}"
+                metrics["held_out_success"] = grpo.evaluate(video)
+            if step % config.keep_every == 0 or last:
+                keep(config, policy, step)
+            run.log(step, metrics)
+            save_training_state(config.out / "state", grpo.learner.state(), {"step": step}, keep=1)
+            # Only now: until the state is there, the step may have to be taken again.
+            shutil.rmtree(rounds, ignore_errors=True)
+            progress.update(
+                1, success=metrics["imagined_success"], entropy=metrics["entropy"],
+                clip=metrics["clip_fraction"],
+            )  # fmt: skip
+    run.close()
+    atomic_write_text(config.out / "done.json", json.dumps({"steps": step}) + "\n")
+    return config.out / "policies" / f"{step:06d}"
+
+
+def _resume(config: GRPOConfig, grpo: GRPO) -> int:
+    found = load_training_state(config.out / "state")
+    if found is None:
+        return 0
+    state, meta = found
+    grpo.learner.load_state(state)
+    return int(meta["step"])
+
+
+def keep(config: GRPOConfig, policy: VLAPolicy, step: int) -> Path:
+    """Write the policy of a step to out/policies."""
+    return policy.save(config.out / "policies" / f"{step:06d}")
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line."""
+    config = parse_config(PRESETS, argv, "worldloop grpo")
+    print(f"policy: {train(config)}")
+    return 0

@@ -1,0 +1,235 @@
+"""What GRPO does with finished rollouts: recompute log-probabilities, take clipped steps.
+
+The unit of a forward pass is one *decision*: an episode's frame before a chunk and the chunk's
+tokens. Frames stay uint8 until the moment they are needed.
+
+Shape letters: B episodes, T actions of an episode, K decisions, C actions of a chunk, A action dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from worldloop.engine.policy.vla import VLAPolicy
+from worldloop.errors import UserError
+from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
+from worldloop.types import Rollout
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Optimizer and loss; the defaults are SimpleVLA-RL's for LIBERO."""
+
+    lr: float = 5e-6
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    clip: ClipConfig = ClipConfig()
+    mini_batch: int = 128
+    """Episodes an optimizer step."""
+    micro_batch: int = 16
+    """Decisions a forward pass; gradients add up over them."""
+    epochs: int = 1
+    old_logprobs: str = "recompute"
+    """What the ratio is measured from: "recompute" (one more pass with the learner's own
+    arithmetic before the first step) or "rollout" (as sampled; right where the gap is small)."""
+    checkpoint_blocks: bool = False
+    """Recompute layers in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.old_logprobs not in ("recompute", "rollout"):
+            raise UserError(
+                f"old_logprobs is {self.old_logprobs!r}; expected 'recompute' or 'rollout'"
+            )
+        for name in ("mini_batch", "micro_batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Episodes with advantages, as `Learner.update` takes them."""
+
+    frames: npt.NDArray[np.uint8]  # [B,K+,V,H,W,3] frame k is what decision k saw
+    instructions: tuple[str, ...]
+    tokens: npt.NDArray[np.int64]  # [B,T,A]
+    logprobs: Floats  # [B,T,A] as sampled
+    valid: npt.NDArray[np.bool_]  # [B,T]
+    advantages: Floats  # [B]
+
+    @classmethod
+    def of(cls, rollout: Rollout, advantages: Floats) -> Experience:
+        """From a rollout of a policy that samples, made with decode="policy"."""
+        if rollout.frames is None or rollout.action_tokens is None or rollout.logprobs is None:
+            raise UserError(
+                "this rollout has no frames, tokens or log-probabilities: roll out a policy that "
+                'samples, with decode="policy"'
+            )
+        return cls(
+            rollout.frames, rollout.instructions, rollout.action_tokens, rollout.logprobs,
+            rollout.valid, advantages,
+        )  # fmt: skip
+
+
+class Learner:
+    """A policy with its optimizer. ``precision`` makes the context of every forward pass."""
+
+    def __init__(
+        self,
+        policy: VLAPolicy,
+        config: LearnerConfig,
+        precision: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.policy, self.config = policy, config
+        self.precision = precision or nullcontext()
+        self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.steps = 0
+
+    # ------------------------------------------------------------ passes
+
+    def _decisions(self, e: Experience, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(episode, chunk) [K,2] of every decision with a valid action."""
+        chunk = self.policy.action_spec.chunk
+        starts = e.valid[rows, ::chunk]
+        b, k = np.nonzero(starts)
+        return np.stack([rows[b], k], 1)
+
+    def _micro_batches(self, decisions: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+        for i in range(0, len(decisions), self.config.micro_batch):
+            yield decisions[i : i + self.config.micro_batch]
+
+    def _forward(
+        self, e: Experience, part: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [k,C,A] of a micro-batch's tokens."""
+        b, k = part.T
+        with self.precision:
+            return self.policy.logprobs(
+                e.frames[b, k],
+                [e.instructions[i] for i in b],
+                self._chunks(e.tokens, part),
+                checkpoint_blocks=self.config.checkpoint_blocks,
+            )
+
+    def _chunks(self, array_BTx: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> Any:
+        """The rows (episode, chunk) of an array over time, [k,C,...]."""
+        chunk = self.policy.action_spec.chunk
+        times = part[:, 1, None] * chunk + np.arange(chunk)
+        return array_BTx[part[:, 0, None], times]
+
+    @torch.no_grad()
+    def logprobs(self, e: Experience) -> Floats:
+        """Log-probabilities [B,T,A] of an experience's tokens by the present weights."""
+        out = np.zeros_like(e.logprobs)
+        chunk = self.policy.action_spec.chunk
+        every = self._decisions(e, np.arange(len(e.tokens)))
+        for part in self._micro_batches(every):
+            values = self._forward(e, part)[0].float().cpu().numpy()
+            for (b, k), value in zip(part, values, strict=True):
+                out[b, k * chunk : (k + 1) * chunk] = value
+        return out
+
+    # ------------------------------------------------------------ update
+
+    def update(self, e: Experience, seed: int) -> dict[str, float]:
+        """Pass over the experience ``epochs`` times in mini-batches; metrics of the whole update.
+
+        ``seed`` orders the mini-batches. Metrics: loss, entropy (nats a token), ratio (mean and
+        largest), clip_fraction, gradient norm, and the gap between the sampler's and the learner's
+        log-probabilities before the first step. Raises UserError for a loss that is not finite.
+        """
+        config = self.config
+        old, gap = e.logprobs, {}
+        if config.old_logprobs == "recompute":
+            old = self.logprobs(e)
+            gap = gap_metrics(e.logprobs, old, e.valid)
+        rng = np.random.default_rng(seed)
+        sums: dict[str, float] = {}
+        largest, optimizer_steps = 0.0, 0
+        for _ in range(config.epochs):
+            order = rng.permutation(len(e.tokens))
+            for i in range(0, len(order), config.mini_batch):
+                rows = np.sort(order[i : i + config.mini_batch])
+                weights = np.zeros(e.valid.shape, np.float32)
+                weights[rows] = trajectory_weights(e.valid[rows], e.tokens.shape[-1])
+                self.optimizer.zero_grad()
+                for part in self._micro_batches(self._decisions(e, rows)):
+                    found = self._accumulate(e, part, old, weights)
+                    largest = max(largest, found.pop("ratio_max"))
+                    for name, value in found.items():
+                        sums[name] = sums.get(name, 0.0) + value
+                norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
+                if not np.isfinite(norm):
+                    raise UserError(
+                        f"gradient norm is {norm} at optimizer step {self.steps}; the last good "
+                        "state is on disk; lower the learning rate"
+                    )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = config.lr * min(1.0, (self.steps + 1) / max(1, config.warmup))
+                self.optimizer.step()
+                self.steps += 1
+                optimizer_steps += 1
+                sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm
+        self.policy.version += 1
+        means = {name: value / max(1, optimizer_steps) for name, value in sums.items()}
+        return {**means, "ratio_max": largest, "optimizer_steps": optimizer_steps, **gap}
+
+    def _accumulate(
+        self, e: Experience, part: npt.NDArray[np.int64], old: Floats, weights: Floats
+    ) -> dict[str, float]:
+        """Add one micro-batch's gradient; its share of the metrics, which are weighted like it."""
+        logprobs, entropy = self._forward(e, part)
+        device = logprobs.device
+        weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
+        advantage = torch.from_numpy(e.advantages[part[:, 0]]).to(device)[:, None, None]
+        before = torch.from_numpy(self._chunks(old, part)).to(device)
+        losses, facts = token_loss(logprobs.float(), before, advantage, self.config.clip)
+        loss = (losses * weight).sum()
+        loss.backward()
+        weight = weight.expand_as(losses)
+        return {
+            "loss": float(loss.detach()),
+            "entropy": float((entropy.detach() * weight).sum()),
+            "ratio": float((facts["ratio"] * weight).sum()),
+            "clip_fraction": float((facts["clipped"] * weight).sum()),
+            "ratio_max": float(facts["ratio"][weight > 0].max()),
+        }
+
+    # ------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the step number."""
+        return {
+            "network": self.policy.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "version": self.policy.version,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; raises where the network is another one."""
+        self.policy.network.load_state_dict(state["network"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.policy.version = int(state["steps"]), int(state["version"])
+
+
+def gap_metrics(
+    sampled: Floats, recomputed: Floats, valid_BT: npt.NDArray[np.bool_]
+) -> dict[str, float]:
+    """Mean and largest |log-probability at sampling - recomputed| over valid tokens, in nats."""
+    gap = np.abs(sampled - recomputed)[valid_BT]
+    return {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
