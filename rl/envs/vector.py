@@ -229,7 +229,7 @@ class ChunkVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _infos(self) -> Infos:
         return {
-            "instruction": np.array(self._instructions),
+            "instruction": np.array(self._instructions, object),  # as gymnasium groups them
             "start": self._starts.copy(),
             "chunk": self._chunks.copy(),
             "steps": self._steps.copy(),

@@ -184,6 +184,29 @@ def test_select_reorders_rows(small):
             state.fork(**wrong)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_join_goes_on_as_the_parts_would(small, kind):
+    world = small.world_of(kind)
+    frames, poses, actions = small.frames_of(3), small.poses_of(3), small.actions_of(3, 24)
+    seeds = (1, 2, 3)
+
+    def first(rows):
+        state = world.start(frames[rows], poses[rows], [seeds[row] for row in rows])
+        return world.step(state, actions[rows, :8])[1]
+
+    parts, joined = [first([0, 1]), first([2])], WorldState.join([first([0, 1]), first([2])])
+    assert joined.seeds == seeds and joined.rows == 3
+    for part in (actions[:, 8:16], actions[:, 16:]):
+        both, joined = world.step(joined, part)
+        for i, rows in enumerate(([0, 1], [2])):
+            alone, parts[i] = world.step(parts[i], part[rows])
+            np.testing.assert_allclose(both.reward[rows], alone.reward, atol=1e-5, rtol=0)
+            assert np.abs(both.frames[rows].astype(int) - alone.frames).max() <= 1
+    fresh = world.start(frames[:1], poses[:1], (1,))
+    with pytest.raises(UserError, match=r"join: states are at chunks \[3, 0\]"):
+        WorldState.join([joined, fresh])
+
+
 # ---------------------------------------------------------------- decoding
 
 
