@@ -1,4 +1,4 @@
-"""What every test shares: no network, no display, GPU tests only where there is a GPU."""
+"""What every test shares: no network, no display, tests only where what they need is there."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -15,18 +16,31 @@ HAS_GPU = torch.cuda.is_available()
 HAS_SIM = find_spec("mani_skill") is not None
 
 
+def _imports(name: str) -> bool:
+    """Whether a package is there and works: timm fails beside another torch's torchvision."""
+    try:
+        return find_spec(name) is not None and bool(import_module(name))
+    except Exception:
+        return False
+
+
+HAS_TIMM = _imports("timm")
+
+
 def pytest_report_header() -> list[str]:
-    """Say which device and which simulator the tests see."""
+    """Say which device, simulator and timm the tests see."""
     gpu = f"run on {torch.cuda.get_device_name(0)}" if HAS_GPU else (
         f"deselected, torch {torch.__version__} sees no CUDA device"
     )  # fmt: skip
     sim = "run" if HAS_SIM else "deselected, ManiSkill is not installed (make setup-sim)"
-    return [f"gpu tests: {gpu}", f"sim tests: {sim}"]
+    timm = "run" if HAS_TIMM else "deselected, timm cannot be imported (pip install timm)"
+    return [f"gpu tests: {gpu}", f"sim tests: {sim}", f"timm tests: {timm}"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu` or `sim` where there is no CUDA device or no simulator."""
-    absent = [name for name, there in (("gpu", HAS_GPU), ("sim", HAS_SIM)) if not there]
+    """Deselect tests marked `gpu`, `sim` or `timm` where there is no such thing."""
+    there = {"gpu": HAS_GPU, "sim": HAS_SIM, "timm": HAS_TIMM}
+    absent = [name for name in there if not there[name]]
     gone = [item for item in items if any(map(item.get_closest_marker, absent))]
     if gone:
         config.hook.pytest_deselected(items=gone)
