@@ -7,6 +7,7 @@ the same weights is a different model.
 Shape letters: B rows, S tokens, D width, h heads, K head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +57,15 @@ def _rotate(x_BhSK: Tensor, rope: Tensor) -> Tensor:
     return x_BhSK * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
 
 
+def attend(q_BhSK: Tensor, k_BhSK: Tensor, v_BhSK: Tensor, keys_B11S: Tensor | None) -> Tensor:
+    """Every token sees every key that `keys_B11S` does not hide; [B,h,S,K]."""
+    return F.scaled_dot_product_attention(q_BhSK, k_BhSK, v_BhSK, attn_mask=keys_B11S)
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.attend: Callable[..., Tensor] = attend  # vllm_plugin.py puts vLLM's here
         self.heads = config.heads
         D = config.width
         self.q_proj = nn.Linear(D, D, bias=False)
@@ -72,7 +79,7 @@ class LlamaAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, rope), _rotate(k, rope)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11S)
+        out = self.attend(q, k, v, keys_B11S)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -130,12 +137,23 @@ class LlamaTrunk(nn.Module):
                 )
             positions = (mask_BS.long().cumsum(1) - 1).clamp_min(0)
             keys = mask_BS[:, None, None, :]
-        rope = rope_tables(self.config, positions, x_BSD.dtype)
+        return self.run(x_BSD, positions, keys, checkpoint_blocks=checkpoint_blocks)
+
+    def run(
+        self,
+        x_BSD: Tensor,
+        positions_BS: Tensor,
+        keys_B11S: Tensor | None,
+        *,
+        checkpoint_blocks: bool = False,
+    ) -> Tensor:
+        """`forward` where positions and the mask of keys are known already."""
+        rope = rope_tables(self.config, positions_BS, x_BSD.dtype)
         for layer in self.layers:
             if checkpoint_blocks and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, rope, keys, use_reentrant=False)
+                x_BSD = checkpoint(layer, x_BSD, rope, keys_B11S, use_reentrant=False)
             else:
-                x_BSD = layer(x_BSD, rope, keys)
+                x_BSD = layer(x_BSD, rope, keys_B11S)
         return self.norm(x_BSD)
 
 

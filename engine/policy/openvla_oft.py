@@ -211,12 +211,14 @@ class OpenVLAOFT(nn.Module):
             stop=stop,
             checkpoint_blocks=checkpoint_blocks,
         )
-        first = self.config.first_action_id
-        return F.linear(
-            hidden_BAD, self.language_model.lm_head.weight[first : first + BINS]
-        ).float()
+        return self.action_logits(hidden_BAD)
 
     forward = logits
+
+    def action_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [...,D] to float32 logits [...,256] of the action bins."""
+        first = self.config.first_action_id
+        return F.linear(hidden, self.language_model.lm_head.weight[first : first + BINS]).float()
 
     def _check_prompts(self, ids_BP: Tensor, mask_BP: Tensor | None) -> tuple[int, int]:
         if ids_BP.dim() != 2 or ids_BP.shape[1] < 2 or ids_BP.dtype != torch.long:
