@@ -40,7 +40,8 @@ def randomise(module: torch.nn.Module, scale: float = 0.1) -> None:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module")
