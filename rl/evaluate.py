@@ -21,24 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import worldloop
 from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
-from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.metrics import wilson_interval
 from worldloop.rl.envs.maniskill import ManiSkillVectorEnv, task_preset
 from worldloop.rl.envs.vector import ChunkVectorEnv
 from worldloop.rl.envs.world import WorldVectorEnv
+from worldloop.rl.starts import load_starts
 from worldloop.track import Progress
-from worldloop.types import Starts
 
 WORLD = "world"  # the name of the environment that is a world model
-SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data/demo-pushcube"
 
 
 @dataclass(frozen=True)
@@ -175,9 +172,9 @@ class EvaluateConfig:
     """Consecutive control steps that the simulator's success flag must hold."""
     world: str = "tiny"
     """World model of `--env world`: shipped preset, checkpoint folder or hub id."""
-    starts: Path = SHIPPED_EPISODES
-    """Dataset whose first frames begin the episodes of `--env world`; they repeat when there are
-    fewer than episodes, each time with its own noise."""
+    starts: Path | None = None
+    """Dataset whose first frames begin the episodes of `--env world` (without it the shipped one);
+    they repeat when there are fewer than episodes, each time with its own noise."""
     steps: Literal[1, 2, 4] = 4
     """Denoising steps of `--env world`."""
     rows: int | None = None
@@ -204,20 +201,6 @@ class EvaluateConfig:
                 raise UserError(f"env: {error}; or `{WORLD}`") from error
 
 
-def read_starts(folder: Path, count: int | None = None) -> Starts:
-    """First frames, poses and instructions of a dataset's (first ``count``) episodes."""
-    dataset = EpisodeDataset(folder)
-    number = len(dataset) if count is None else min(count, len(dataset))
-    if number < 1:
-        raise UserError(f"{folder}: holds no episodes to begin from")
-    episodes = [dataset.read(i) for i in range(number)]
-    return Starts(
-        frames=np.stack([episode.frames[0] for episode in episodes])[:, None, None],
-        poses=np.stack([episode.states[0] for episode in episodes]),
-        instructions=tuple(episode.instruction for episode in episodes),
-    )
-
-
 def load_policy(config: EvaluateConfig) -> Policy:
     """The policy of a config."""
     from worldloop.engine.policy.vla import VLAPolicy  # not needed to evaluate another one
@@ -230,9 +213,10 @@ def load_policy(config: EvaluateConfig) -> Policy:
 def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
     """The environment of a config with that many rows (or the rows it names)."""
     if config.env == WORLD:
+        world = WorldModel.from_pretrained(config.world, device=config.device)
         return WorldVectorEnv(
-            WorldModel.from_pretrained(config.world, device=config.device),
-            read_starts(config.starts, config.episodes),
+            world,
+            load_starts(config.starts, world, config.episodes),
             min(rows, config.rows or 16),
             horizon=config.horizon,
             steps=config.steps,

@@ -76,7 +76,7 @@ class PointSim:
         return self.tool.copy()
 
     def objects(self) -> npt.NDArray[np.float32]:
-        return np.array([[self.line - 0.7, 0, 0.02, 1, 0, 0, 0]], np.float32)
+        return np.array([[self.line / 10 - 0.12, 0, 0.02, 1, 0, 0, 0]], np.float32)
 
     def render(self) -> npt.NDArray[np.uint8]:
         self.renders += 1

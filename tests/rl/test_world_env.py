@@ -410,7 +410,7 @@ class TestSimulator:
     def test_a_start_out_of_view_leads_to_another(
         self, point_sim: type[PointSim], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        task = dataclasses.replace(maniskill.TASKS["PushCube-v1"], in_view=(0.1, 0.1))
+        task = dataclasses.replace(maniskill.TASKS["PushCube-v1"], in_view=(0.05, 0.1))
         monkeypatch.setitem(maniskill.TASKS, "PushCube-v1", task)
         env = self.env(point_sim, 1)
         lines = []
@@ -418,8 +418,8 @@ class TestSimulator:
             env.reset(options={"starts": [seed]})
             lines.append(point_sim.made[0].line)
             seen = np.random.default_rng(seed).uniform(0.2, 1.2)
-            assert lines[-1] == seen or abs(seen - 0.7) >= 0.1
-        assert (np.abs(np.array(lines) - 0.7) < 0.1).all()
+            assert lines[-1] == seen or seen <= 0.7
+        assert min(lines) > 0.7
         assert lines[:30] == lines[30:] and len(set(lines)) == 30
         task = dataclasses.replace(task, in_view=(0.0, 0.0))
         monkeypatch.setattr(point_sim.made[0], "task", task)
