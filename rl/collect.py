@@ -19,12 +19,15 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
+from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.policy.scripted import perturbation, scripted_policy
+from worldloop.engine.policy.vla import TEMPERATURE, VLAPolicy
+from worldloop.engine.sampler import derive_seed
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import disk_error
 from worldloop.outcome import actions_only_accuracy, save_actions_only
-from worldloop.rl.envs.maniskill import ManiSkillEnv, reset_in_view, task_preset
+from worldloop.rl.envs.maniskill import ManiSkillEnv, own_sequence, reset_in_view, task_preset
 from worldloop.track import Progress
 from worldloop.types import ActionSpec, Episode
 
@@ -52,6 +55,11 @@ class CollectConfig:
     seed: int = 0
     """First seed; seeds are given out once, whatever the number of processes."""
     success_share: float = 0.5
+    """Of scripted episodes; a policy's are kept as they end."""
+    policy: str | None = None
+    """Roll this policy out instead of the scripted one (checkpoint folder or shipped name)."""
+    temperature: float = TEMPERATURE
+    """Of that policy's sampling."""
     shard: int = 16
     """Episodes per file; a killed process loses at most one unfinished file."""
     crf: int = 16
@@ -170,6 +178,43 @@ def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -
     )
 
 
+def policy_episode(
+    env: ManiSkillEnv, policy: Policy, seed: int, horizon: int, record: dict[str, Any]
+) -> Episode:
+    """One episode by a policy, whatever its outcome: the paper's second way (section 3.1).
+
+    It goes on to the horizon after a success; ``success`` is the flag over the last two steps.
+    """
+    sim_seed = reset_in_view(env, own_sequence(seed), solvable=True)
+    frames, states, objects = [env.render()], [env.state()], [env.objects()]
+    actions: list[npt.NDArray[np.float32]] = []
+    reward: list[float] = []
+    while len(actions) < horizon:
+        k = len(actions) // policy.action_spec.chunk
+        observation = Observation(
+            frames[-1][None, None, None], states[-1][None], (env.task.instruction,), (0,), k
+        )
+        for action in policy.act(observation, derive_seed(seed, k)).actions[0]:
+            reward.append(float(env.step(action)))
+            actions.append(action)
+            frames.append(env.render())
+            states.append(env.state())
+            objects.append(env.objects())
+    return Episode(
+        frames=np.stack(frames),
+        actions=np.stack(actions),
+        states=np.stack(states),
+        reward=np.asarray(reward, np.float32),
+        instruction=env.task.instruction,
+        env_id=env.task.env_id,
+        seed=seed,
+        success=all(reward[-2:]),
+        objects=np.stack(objects),
+        object_pixels=np.stack([env.object_pixels(pose) for pose in objects]),
+        info={"sim_seed": sim_seed, **record},
+    )
+
+
 def wanted_outcome(seed: int, success_share: float) -> bool:
     """Whether the episode of a seed is to be a success; independent of the seed's parity."""
     return bool(np.random.default_rng([seed, 999]).random() < success_share)
@@ -203,10 +248,26 @@ class Collector:
             image_size=config.image_size,
         )
         self.writer = EpisodeWriter(config.out, meta, config.crf)
+        self.policy: VLAPolicy | None = None
+        if config.policy is not None:
+            self.policy = VLAPolicy.from_pretrained(config.policy, temperature=config.temperature)
+            spec = self.policy.action_spec
+            meta.action_spec.require_same(spec, config.env, config.policy)
+            if config.horizon % spec.chunk:
+                raise UserError(
+                    f"horizon is {config.horizon}; expected a multiple of the policy's chunk, "
+                    f"{spec.chunk}"
+                )
         self.tries = self.kept = self.successes = 0
 
     def episode(self, seed: int) -> Episode | None:
         """The episode of a seed, or None where its wanted outcome is not to be had."""
+        if self.policy is not None:
+            record = {"policy": self.config.policy, "temperature": self.config.temperature}
+            rolled = policy_episode(self.env, self.policy, seed, self.config.horizon, record)
+            self.tries, self.kept = self.tries + 1, self.kept + 1
+            self.successes += int(rolled.success)
+            return rolled
         want = wanted_outcome(seed, self.config.success_share)
         for try_ in range(TRIES):
             self.tries += 1

@@ -160,7 +160,8 @@ class GRPO:
         config = self.config
         kept: list[Rollout] = []
         tried = successes = 0
-        wanted, mixed, seconds = config.groups, 0, {}
+        wanted, mixed = config.groups, 0
+        seconds: dict[str, float] = {}
         for round_ in range(config.rounds):
             seed = derive_seed(config.seed, step, round_)
             path = folder / f"round-{round_:02d}"

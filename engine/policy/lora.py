@@ -26,9 +26,8 @@ class LoRALinear(nn.Module):
         self.base, self.scale = base.requires_grad_(False), alpha / rank
         weight = base.weight
         noise = torch.randn(rank, base.in_features, generator=generator)
-        options = {"device": weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter((noise / base.in_features**0.5).to(**options))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        self.lora_A = nn.Parameter((noise / base.in_features**0.5).to(weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

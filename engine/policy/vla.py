@@ -1,4 +1,4 @@
-"""A vision-language-action policy: frames and instructions to a chunk of actions, by 256-bin tokens.
+"""A vision-language-action policy: frames and instructions to chunks of actions, as 256-bin tokens.
 
 `TokenPolicy` is everything but the network's forward pass: sampling, log-probabilities and the
 way from bins to the environment's units. What gives it logits is a subclass: `VLAPolicy` here (the
@@ -162,7 +162,9 @@ class VLAPolicy(TokenPolicy):
     ) -> None:
         super().__init__(config, network.config, statistics, temperature)
         self.network = network
-        self._prompt = lru_cache(maxsize=4096)(lambda text: prompt_ids(text, network.config, encode))
+        self._prompt = lru_cache(maxsize=4096)(
+            lambda text: prompt_ids(text, network.config, encode)
+        )
 
     # ------------------------------------------------------------ forward
 
@@ -191,7 +193,11 @@ class VLAPolicy(TokenPolicy):
         return ids.to(device), None if mask is None else mask.to(device)
 
     def forward(
-        self, pictures_BVSS3: Tensor, instructions: Sequence[str], *, checkpoint_blocks: bool = False
+        self,
+        pictures_BVSS3: Tensor,
+        instructions: Sequence[str],
+        *,
+        checkpoint_blocks: bool = False,
     ) -> Tensor:
         """Pictures of `pictures` to float32 logits [B,N,256]; differentiable."""
         pixels = normalise_frames(pictures_BVSS3.to(self.network.device), self.network.dtype)
@@ -279,7 +285,7 @@ class VLAPolicy(TokenPolicy):
             chunk=spec.chunk,
             dtype=dtype,
             device=device,
-            adapter=adapter,
+            adapter=None if adapter is None else Path(adapter),
         )
         statistics = read_statistics(folder, config.suite, action_dim=spec.dim)
         encode = tokenizer_of(folder)

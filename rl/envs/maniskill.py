@@ -50,6 +50,9 @@ class TaskPreset:
     spawn_half_width: float | None = 0.1
     # Farthest start (|x|, |y| in metres) that the camera shows well; None where it shows all.
     in_view: tuple[float, float] | None = None
+    # Farthest start (x in metres) from which the task can be done: beyond it the low hand comes to
+    # where it has no inverse kinematics before the object is where it should be.
+    solvable_x: float | None = None
 
 
 # From the side and above: pushes run across the picture and the hand never hides the object.
@@ -62,7 +65,12 @@ LIFT = CameraPreset("side_lift", (-0.05, 0.74, 0.46), (-0.05, 0.02, 0.12), 0.59)
 
 TASKS: dict[str, TaskPreset] = {
     "PushCube-v1": TaskPreset(
-        "PushCube-v1", "push the blue cube onto the target", SIDE, ("obj",), "goal_region"
+        "PushCube-v1",
+        "push the blue cube onto the target",
+        SIDE,
+        ("obj",),
+        "goal_region",
+        solvable_x=0.04,
     ),
     "PullCube-v1": TaskPreset(
         "PullCube-v1", "pull the blue cube onto the target", PULL, ("obj",), "goal_region"
@@ -248,14 +256,18 @@ class ManiSkillEnv:
         self._env.close()
 
 
-def reset_in_view(env: ManiSkillEnv, seeds: Iterable[int]) -> int:
+def reset_in_view(env: ManiSkillEnv, seeds: Iterable[int], solvable: bool = False) -> int:
     """Reset with one seed after the other until every object starts where the camera shows it.
 
+    solvable: and the moved one where the task can be done from (`TaskPreset.solvable_x`).
     Returns the seed used; RuntimeError after 1000 of them.
     """
+    view, farthest = env.task.in_view, env.task.solvable_x
     for seed in itertools.islice(seeds, 1000):
         env.reset(seed)
-        if env.task.in_view is None or (np.abs(env.objects()[:, :2]) < env.task.in_view).all():
+        at = env.objects()[:, :2]
+        seen = view is None or (np.abs(at) < view).all()
+        if seen and not (solvable and farthest is not None and at[0, 0] > farthest):
             return seed
     raise RuntimeError(f"{env.task.env_id}: no start within {env.task.in_view} in 1000 resets")
 
@@ -263,10 +275,11 @@ def reset_in_view(env: ManiSkillEnv, seeds: Iterable[int]) -> int:
 class ManiSkillVectorEnv(ChunkVectorEnv):
     """Episodes of one task in B simulators, one after the other; a start is an integer seed.
 
-    A seed whose objects the camera shows badly leads to the next one of its own sequence
-    (`reset_in_view`). A picture is rendered after each chunk, none in between. Success: the
-    simulator's flag held for ``held_frames`` consecutive control steps (2 is the world model's
-    rule, 1 the simulator's); with ``stop_on_success`` nothing is simulated after it.
+    A seed whose objects the camera shows badly, or from which the task cannot be done, leads to
+    the next one of its own sequence (`reset_in_view`). A picture is rendered after each chunk,
+    none in between. Success: the simulator's flag held for ``held_frames`` consecutive control
+    steps (2 is the world model's rule, 1 the simulator's); with ``stop_on_success`` nothing is
+    simulated after it.
     """
 
     def __init__(
@@ -300,7 +313,7 @@ class ManiSkillVectorEnv(ChunkVectorEnv):
 
     def _begin(self, rows: Sequence[int], starts: Ints, seeds: Sequence[int]) -> RowsBegun:
         for row, start in zip(rows, starts, strict=True):
-            reset_in_view(self.simulators[row], _own_sequence(int(start)))
+            reset_in_view(self.simulators[row], own_sequence(int(start)), solvable=True)
             self._high[row] = 0
         sims = [self.simulators[row] for row in rows]
         return RowsBegun(
@@ -339,7 +352,7 @@ class ManiSkillVectorEnv(ChunkVectorEnv):
             simulator.close()
 
 
-def _own_sequence(start: int) -> Iterable[int]:
+def own_sequence(start: int) -> Iterable[int]:
     """The seed itself, then others that depend on it alone."""
     yield start
     rng = np.random.default_rng([start, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,12 @@ import torch
 
 from worldloop.engine.dit import DiTConfig
 from worldloop.engine.light_vae import PRESETS as LIGHT_PRESETS
+from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.base import Observation, PolicyAction
+from worldloop.engine.policy.llama import LlamaConfig
+from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
+from worldloop.engine.policy.vision import DINOV2_TINY, SIGLIP_TINY
+from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
 from worldloop.engine.reward import RewardConfig
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
@@ -160,3 +166,23 @@ def pool() -> Starts:
         rng.normal(0, 0.2, (9, 7)).astype(np.float32),
         tuple(f"do number {i}" for i in range(9)),
     )
+
+
+@pytest.fixture
+def small_policy(small_world: WorldModel) -> Callable[..., VLAPolicy]:
+    """Makes policies with the same random weights for the small world."""
+
+    def make(seed: int = 0, chunk: int = SPEC.chunk, **options: float) -> VLAPolicy:
+        torch.set_num_threads(1)
+        dino = dataclasses.replace(DINOV2_TINY, width=32, depth=2, heads=2, mlp_width=32, patch=16)
+        siglip = dataclasses.replace(SIGLIP_TINY, width=32, depth=2, heads=2, patch=16)
+        llama = LlamaConfig(width=32, depth=2, heads=2, mlp_width=64, vocab_rows=576)
+        network = OpenVLAOFT(
+            dataclasses.replace(tiny_config(7, chunk), dino=dino, siglip=siglip, llama=llama)
+        )
+        network.init_weights(seed)
+        spec = dataclasses.replace(small_world.action_spec, chunk=chunk)
+        statistics = Statistics((-1.0,) * 7, (1.0,) * 7, (True,) * 6 + (False,))
+        return VLAPolicy(network.eval(), PolicyConfig(spec, "small"), statistics, **options)
+
+    return make

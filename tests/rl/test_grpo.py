@@ -1,0 +1,174 @@
+"""GRPO as a run: what it trains on, that it learns, resumes, and stops with a reason."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from worldloop.engine.policy.vla import VLAPolicy
+from worldloop.engine.rollout import RolloutEngine
+from worldloop.errors import UserError
+from worldloop.rl import grpo as module
+from worldloop.rl.advantage import group_advantages
+from worldloop.rl.grpo import GRPO, GRPOConfig, train
+from worldloop.rl.learner import Experience, Learner, LearnerConfig
+
+LEARN = LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=5)
+
+
+def config_of(tmp_path, **changes) -> GRPOConfig:
+    values = {
+        "out": tmp_path / "run", "policy": str(tmp_path / "policy"), "steps": 2, "groups": 2,
+        "group_size": 4, "horizon": 16, "world_steps": 1, "accuracy_low": 0.0,
+        "accuracy_high": 1.0, "evaluate_every": 0, "keep_every": 1, "learner": LEARN, **changes,
+    }  # fmt: skip
+    return GRPOConfig(**values)
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch, small_world, small_policy, pool):
+    """`train` with the small world, a small policy on disk, and nine starts."""
+    small_policy().save(tmp_path / "policy")
+    monkeypatch.setattr(module.WorldModel, "from_pretrained", lambda *_, **__: small_world)
+    monkeypatch.setattr(module, "load_starts", lambda *_: pool)
+    return tmp_path
+
+
+def experience(world, policy, pool, **options) -> Experience:
+    engine = RolloutEngine(world, policy, steps=1)
+    rollout = engine.rollout(pool.select(range(3)), horizon=16, group_size=4, **options)
+    return Experience.of(rollout, group_advantages(rollout.success, rollout.group_id))
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return VLAPolicy.from_pretrained(folder).network.state_dict()
+
+
+def test_recomputed_log_probabilities_are_those_of_the_rollout(small_world, small_policy, pool):
+    policy = small_policy()
+    e = experience(small_world, policy, pool, stop_on_success=True)
+    again = Learner(policy, LEARN).logprobs(e)
+    assert 0 < e.valid.mean() < 1, "episodes of unequal length are what this is about"
+    np.testing.assert_allclose(again[e.valid], e.logprobs[e.valid], atol=1e-4)
+    # An action is a token of its own chunk: another chunk's frame gives other numbers.
+    swapped = dataclasses.replace(e, frames=e.frames[:, ::-1])
+    assert np.abs(Learner(policy, LEARN).logprobs(swapped) - e.logprobs)[e.valid].max() > 1e-3
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(small_world, small_policy, pool):
+    grads = []
+    for micro in (3, 100):
+        policy = small_policy()
+        e = experience(small_world, policy, pool, stop_on_success=True)
+        config = dataclasses.replace(LEARN, micro_batch=micro, mini_batch=100, grad_clip=1e9)
+        learner = Learner(policy, config)
+        learner.update(e, seed=0)
+        grads.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, small_policy, pool):
+    policy = small_policy()
+    e = experience(small_world, policy, pool)
+    e = dataclasses.replace(e, advantages=np.where(np.arange(12) % 2, 1, -1).astype(np.float32))
+    learner = Learner(policy, dataclasses.replace(LEARN, lr=3e-4, mini_batch=12))
+    metrics = [learner.update(e, seed=0) for _ in range(5)]
+    change = (learner.logprobs(e) - e.logprobs).mean((1, 2))
+    # Every logit moves, so that all tokens may get rarer: what counts is how they part.
+    assert change[1::2].mean() - change[::2].mean() > 0.05, change
+    assert metrics[0]["gap_max"] < 1e-3 < metrics[1]["gap_max"]
+    assert [m["optimizer_steps"] for m in metrics] == [1] * 5 and policy.version == 5
+
+
+def test_run_writes_metrics_policies_and_learns_on_mixed_groups_only(at_home):
+    config = config_of(at_home, accuracy_low=0.1, accuracy_high=0.9, evaluate_every=1,
+                       evaluate_starts=3)  # fmt: skip
+    last = train(config)
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for name in ("imagined_success", "group_yield", "entropy", "ratio", "clip_fraction",
+                 "gap_mean", "frames_per_second", "seconds_rollout", "seconds_learn",
+                 "seconds_dit", "seconds_policy", "held_out_success"):  # fmt: skip
+        assert np.isfinite(rows[2][name]), name
+    assert rows[2]["groups"] >= config.groups
+    assert (config.out / "samples/000002/rollout.mp4").is_file()
+    start, end = weights_of(config.out / "policies/000000"), weights_of(last)
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+    assert not (config.out / "rollouts").exists() or not any((config.out / "rollouts").iterdir())
+
+
+def test_refill_rounds_go_on_until_there_are_enough(
+    tmp_path, small_world, small_policy, pool, monkeypatch
+):
+    config = config_of(tmp_path, groups=3, accuracy_low=0.2, accuracy_high=0.8, rounds=20)
+    grpo = GRPO(config, small_world, small_policy(), pool)
+    found = grpo.collect(0, tmp_path / "rounds")
+    assert found.mixed >= 3 and found.groups_tried >= found.mixed
+    for rollout in found.rollouts:
+        for name in np.unique(rollout.group_id):
+            assert 0.2 <= rollout.success[rollout.group_id == name].mean() <= 0.8
+
+
+@pytest.mark.parametrize("where", ["between steps", "in a refill round"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(at_home, monkeypatch, where):
+    options = {"groups": 4, "accuracy_low": 0.2, "accuracy_high": 0.8, "rounds": 20}
+    whole = train(config_of(at_home, **options, out=at_home / "whole"))
+    config = config_of(at_home, **options)
+    if where == "between steps":
+        train(dataclasses.replace(config, steps=1))
+    else:
+        calls = 0
+
+        def dies(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise RuntimeError("killed")
+            return imagine(self, *args, **kwargs)
+
+        imagine = GRPO.imagine
+        monkeypatch.setattr(GRPO, "imagine", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+        kept = list((config.out / "rollouts").rglob("rollout.json"))
+        assert len(kept) >= 1, "finished rounds stay"
+    resumed = train(config)
+    a, b = weights_of(whole), weights_of(resumed)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+    steps = [json.loads(row)["step"] for row in (config.out / "metrics.jsonl").open()]
+    assert steps == [1, 2]
+
+
+def test_uniform_groups_stop_the_run_with_the_reason(
+    tmp_path, small_world, small_policy, pool, monkeypatch
+):
+    monkeypatch.setattr(
+        small_world, "config", dataclasses.replace(small_world.config, reward_threshold=1.0)
+    )
+    config = config_of(tmp_path, accuracy_low=0.1, accuracy_high=0.9, rounds=2)
+    grpo = GRPO(config, small_world, small_policy(), pool)
+    with pytest.raises(UserError, match="2 rounds were too uniform .imagined success 0%") as error:
+        grpo.step(0, tmp_path / "rounds")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_is_one_clear_line(tmp_path, small_world, small_policy, pool):
+    for match, changes in (
+        ("group_size is 1", {"group_size": 1}),
+        ("temperature is 0", {"temperature": 0.0}),
+        ("accuracy_low", {"accuracy_low": 0.9, "accuracy_high": 0.1}),
+        ("precision is 'fp8'", {"precision": "fp8"}),
+    ):
+        with pytest.raises(UserError, match=match):
+            config_of(tmp_path, **changes)
+    with pytest.raises(UserError, match="held out"):
+        GRPO(config_of(tmp_path, evaluate_every=1, evaluate_starts=9), small_world,
+             small_policy(), pool)  # fmt: skip
+    with pytest.raises(UserError, match="chunks of 8 actions, the policy gives 4"):
+        GRPO(config_of(tmp_path), small_world, small_policy(chunk=4), pool)
+    with pytest.raises(UserError, match="old_logprobs"):
+        LearnerConfig(old_logprobs="guess")
