@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
@@ -141,3 +143,18 @@ def object_weight(pixels_GO2: Float, size: int, radius: float) -> Float:
     column = np.square(grid[None, None] - pixels_GO2[:, 0, 0, None, None])
     row = np.square(grid[None, :, None] - pixels_GO2[:, 0, 1, None, None])
     return np.exp(-(column + row) / (2 * radius**2)).astype(np.float32)
+
+
+def augment(pictures: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast and pixel noise on uint8 pictures [B,V,S,S,3]."""
+    if not strength:
+        return pictures
+    B = len(pictures)
+    shape = (B, *[1] * (pictures.dim() - 1))
+    gain = torch.from_numpy(rng.uniform(1 - strength, 1 + strength, B).astype(np.float32))
+    shift = torch.from_numpy(rng.uniform(-strength, strength, B).astype(np.float32))
+    level = torch.from_numpy(rng.uniform(0, 0.2 * strength, B).astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
+    x = pictures.float() / 255
+    x = (x - 0.5) * gain.view(shape) + 0.5 + 0.3 * shift.view(shape) + level.view(shape) * noise
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)

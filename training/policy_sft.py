@@ -34,8 +34,9 @@ from worldloop.training.common import (
     load_state,
     save_state,
 )
-from worldloop.training.data import EpisodeArrays, load_arrays
+from worldloop.training.data import EpisodeArrays, augment, load_arrays
 from worldloop.training.optimizer import MuonAdamW
+from worldloop.training.towers import load_towers
 from worldloop.types import ActionSpec
 
 
@@ -47,6 +48,8 @@ class PolicyTraining:
     out: Path
     init: str | None = None
     """Policy checkpoint to start from; without it, preset `tiny` from scratch."""
+    towers: Path | None = None
+    """Pretrained towers for that (`worldloop train towers`)."""
     demos: int | None = None
     """Use only the first successful episodes."""
     held_out: int = 8
@@ -76,6 +79,8 @@ class PolicyTraining:
         for name in ("held_out", "steps", "batch", "threads", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.init is not None and self.towers is not None:
+            raise UserError("init and towers: a checkpoint has towers of its own; give one of both")
         if self.lora_rank < 0 or (self.lora_rank and self.init is None):
             raise UserError("lora_rank: adapters need a checkpoint to adapt; give one with --init")
 
@@ -121,21 +126,6 @@ class Demonstrations:
         return self.batch(np.repeat(np.arange(len(self)), len(times)), np.tile(times, len(self)))
 
 
-def augment(pictures: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast and pixel noise on uint8 pictures [B,V,S,S,3]."""
-    if not strength:
-        return pictures
-    B = len(pictures)
-    shape = (B, *[1] * (pictures.dim() - 1))
-    gain = torch.from_numpy(rng.uniform(1 - strength, 1 + strength, B).astype(np.float32))
-    shift = torch.from_numpy(rng.uniform(-strength, strength, B).astype(np.float32))
-    level = torch.from_numpy(rng.uniform(0, 0.2 * strength, B).astype(np.float32))
-    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
-    x = pictures.float() / 255
-    x = (x - 0.5) * gain.view(shape) + 0.5 + 0.3 * shift.view(shape) + level.view(shape) * noise
-    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-
 def fit_statistics(actions_NTA: npt.NDArray[np.float32], spec: ActionSpec) -> Statistics:
     """Quantiles q01 and q99 of each action dimension; the gripper passes through as it is."""
     flat = actions_NTA.reshape(-1, spec.dim).astype(np.float64)
@@ -156,6 +146,8 @@ def start_policy(config: PolicyTraining, data: EpisodeArrays, device: torch.devi
     spec = data.action_spec
     network = OpenVLAOFT(tiny_config(spec.dim, spec.chunk))
     network.init_weights(config.seed)
+    if config.towers is not None:
+        load_towers(network.vision_backbone, config.towers)
     made = PolicyConfig(action_spec=spec, suite=data.env_id)
     statistics = fit_statistics(data.actions[data.success], spec)
     return VLAPolicy(network.to(device), made, statistics)

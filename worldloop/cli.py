@@ -21,12 +21,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("worldloop.training.dataset_card:main", "show, check and measure datasets"),
     "train autoencoder": ("worldloop.training.autoencoder:main", "fit the frame autoencoder"),
     "train world-model": ("worldloop.training.world_model:main", "fit the world model"),
+    "train towers": ("worldloop.training.towers:main", "pretrain the tiny policy's eyes"),
     "train policy": ("worldloop.training.policy_sft:main", "fine-tune the policy on successes"),
     "train outcome": ("worldloop.training.outcome:main", "fit the judge of final frames"),
     "train curves": ("worldloop.training.curves:main", "draw a run's metrics as a picture"),
+    "grpo": ("worldloop.rl.grpo:main", "improve a policy inside a world model"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "evaluate policy": ("worldloop.rl.evaluate:main", "measure how often a policy succeeds"),
     "demo": ("worldloop.rl.demo:main", "imagine held-out real episodes and write a report"),
+    "serve policy": ("worldloop.engine.policy.server:main", "serve a policy over HTTP"),
     "version": ("worldloop.cli:version", "print the versions that matter"),
 }
 
