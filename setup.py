@@ -58,7 +58,10 @@ setup(
         "worldloop.kernels": ["csrc/*"],
         "worldloop.bench": ["results/*.json"],
     },
-    entry_points={"console_scripts": ["worldloop = worldloop.cli:main"]},
+    entry_points={
+        "console_scripts": ["worldloop = worldloop.cli:main"],
+        "vllm.general_plugins": ["worldloop = worldloop.engine.policy.vllm_plugin:register"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=1.26,<2.4",  # triton 3.6 raises TypeError with numpy 2.4
@@ -85,6 +88,8 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.9",
             "mypy>=1.14",
+            "fastapi>=0.115",  # the policy server, as in extra serve
+            "uvicorn>=0.30",
             "triton>=3.6,<3.8; sys_platform == 'linux'",  # kernels run on CPU, interpreted
             "scikit-image>=0.24",  # outside reference of SSIM, in tests only
             "diffusers>=0.42,<0.43",  # outside reference in tests only

@@ -38,7 +38,7 @@ ONLY_IN = {
     "wandb": {"worldloop/track.py"},
     "huggingface_hub": {"worldloop/hub.py"},
     "diffusers": set[str](),
-    "transformers": set[str](),
+    "transformers": {"engine/policy/vllm_plugin.py"},  # vLLM's model configurations are its own
     "torchvision": set[str](),
     "timm": set[str](),
 }
