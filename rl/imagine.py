@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
+from worldloop.metrics import Alignment, outcome_alignment
 from worldloop.rl.held_out import load_held_out
 from worldloop.rollout_io import save_rollout
 from worldloop.track import Progress
@@ -49,8 +51,11 @@ class ImagineConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
 
 
-def imagine(config: ImagineConfig) -> Rollout:
-    """Imagine, save into ``config.out``, return the rollout."""
+def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
+    """Imagine, save into ``config.out``; the rollout, and how its outcomes agree with the real.
+
+    An episode's outcome is whether it succeeded at any moment, as the world model's rule has it.
+    """
     torch.set_num_threads(config.threads)
     world = WorldModel.from_pretrained(config.world, device=config.device)
     real = load_held_out(config.episodes, config.count, world)
@@ -71,18 +76,29 @@ def imagine(config: ImagineConfig) -> Rollout:
             progress=progress,
         )
     save_rollout(rollout, config.out, real.fps)
-    return rollout
+    held = world.config.held_frames
+    true = np.repeat([held_success(e.reward, held) for e in real.episodes], config.group_size)
+    return rollout, outcome_alignment(true, rollout.success)
+
+
+def held_success(reward_T: npt.NDArray[np.float32], frames: int) -> bool:
+    """Whether a recorded success flag [T] stays up for that many frames somewhere."""
+    return bool((np.convolve(reward_T > 0.5, np.ones(frames), "valid") >= frames).any())
 
 
 def main(argv: list[str]) -> int:
     """Run from the command line."""
     config = parse_config(ImagineConfig, argv, "worldloop rollout")
     since = time.perf_counter()
-    rollout = imagine(config)
+    rollout, agreement = imagine(config)
     seconds = rollout.timings.get("total", time.perf_counter() - since)
     rows, horizon = rollout.reward.shape
     print(
         f"{config.out}: {rows} episodes of {horizon} frames, {rows * horizon / seconds:.0f} "
         f"frames/s, {rollout.success.mean():.0%} imagined successes"
+    )
+    print(
+        f"outcomes agree in {agreement.rate:.1%}: {agreement.false_success} imagined only, "
+        f"{agreement.false_failure} real only"
     )
     return 0

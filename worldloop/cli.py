@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train outcome": ("worldloop.training.outcome:main", "fit the judge of final frames"),
     "train curves": ("worldloop.training.curves:main", "draw a run's metrics as a picture"),
     "grpo": ("worldloop.rl.grpo:main", "improve a policy inside a world model"),
+    "grpo-report": ("worldloop.rl.grpo_report:main", "true success before and after GRPO"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "evaluate policy": ("worldloop.rl.evaluate:main", "measure how often a policy succeeds"),
     "demo": ("worldloop.rl.demo:main", "imagine held-out real episodes and write a report"),

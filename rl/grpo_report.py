@@ -1,0 +1,186 @@
+"""`worldloop grpo-report`: what GRPO in imagination did to the true success rate.
+
+Every kept policy of every run is evaluated in the true simulator, over the same fixed start states
+that no training saw; results lie beside the policies, so that a stopped report goes on. Written
+are grpo.json and the learning curve (the paper's Table 3 and Figure 4).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloop.cli import parse_config
+from worldloop.config import read_json
+from worldloop.errors import UserError
+from worldloop.files import atomic_path, atomic_write_text
+from worldloop.metrics import wilson_interval
+from worldloop.rl.evaluate import EvaluateConfig, evaluate_policy
+from worldloop.track import read_rows
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Evaluate the policies of GRPO runs (one a seed) in the true simulator and report."""
+
+    runs: tuple[Path, ...]
+    """Output folders of `worldloop grpo`, all from one starting policy."""
+    env: str = "PushCube-v1"
+    episodes: int = 200
+    """Start states of the first and the last policy."""
+    curve_episodes: int = 100
+    """Start states of the policies between (the first ones of the same list)."""
+    first_seed: int = 3_000_000
+    horizon: int = 72
+    processes: int = 2
+    out: Path = Path("docs/results/grpo.json")
+    figure: Path = Path("docs/img/grpo-curve.png")
+    command: str = ""
+    """The commands that made the runs, for the record."""
+
+
+def true_success(config: ReportConfig, policy: Path, episodes: int) -> dict[str, Any]:
+    """`worldloop evaluate policy` on a kept policy, greedy; read back where it was done before."""
+    out = policy.parent.parent / "true" / f"{policy.name}-{episodes}.json"
+    wanted = EvaluateConfig(
+        policy=str(policy), env=config.env, episodes=episodes, first_seed=config.first_seed,
+        horizon=config.horizon, processes=config.processes, threads=1, out=out,
+    )  # fmt: skip
+    if not out.is_file():
+        evaluate_policy(wanted)
+    result = read_json(out)
+    if result["episodes"] != episodes or result["config"]["first_seed"] != config.first_seed:
+        raise UserError(f"{out}: is of other start states; delete it and run again")
+    return result
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Success rate and its 95 % Wilson interval."""
+    return {"success": result["rate"], "ci95": result["ci95"], "successes": result["successes"]}
+
+
+def summarise(config: ReportConfig) -> dict[str, Any]:
+    """The document of grpo.json."""
+    if not config.runs:
+        raise UserError("runs: give at least one output folder of `worldloop grpo`")
+    seeds, imagined, true, frames, seconds = [], [], [], 0, 0.0
+    for run in config.runs:
+        settings = read_json(run / "config.json")
+        policies = sorted((run / "policies").glob("[0-9]*"))
+        if len(policies) < 2:
+            raise UserError(f"{run}: holds {len(policies)} policies; a finished run is needed")
+        rows = read_rows(run / "metrics.jsonl")
+        ends = [true_success(config, p, config.episodes) for p in (policies[0], policies[-1])]
+        before, after = (figures(end) for end in ends)
+        seeds.append({
+            "seed": settings["seed"], "before": before, "after": after,
+            "gain_points": 100 * (after["success"] - before["success"]),
+            "steps": int(policies[-1].name),
+        })  # fmt: skip
+        curve = [[int(policies[0].name), before["success"]]]
+        for policy in policies[1:-1]:
+            result = true_success(config, policy, config.curve_episodes)
+            curve.append([int(policy.name), result["rate"]])
+        true.append([*curve, [int(policies[-1].name), after["success"]]])
+        imagined.append([[r["step"], r["imagined_success"]] for r in rows
+                         if "imagined_success" in r])  # fmt: skip
+        frames += sum(row.get("frames", 0) for row in rows)
+        seconds += rows[-1]["seconds"]
+    gains = np.array([seed["gain_points"] for seed in seeds])
+    count = config.episodes * len(seeds)
+    pooled = {
+        name: {"success": sum(seed[name]["successes"] for seed in seeds) / count,
+               "ci95": list(wilson_interval(sum(s[name]["successes"] for s in seeds), count))}
+        for name in ("before", "after")
+    }  # fmt: skip
+    return {
+        "task": config.env,
+        "episodes": config.episodes,
+        "first_seed": config.first_seed,
+        "horizon": config.horizon,
+        "seeds": seeds,
+        "pooled": pooled,
+        "mean_gain_points": float(gains.mean()),
+        "imagined_curve": imagined,
+        "true_curve": true,
+        "frames": int(frames),
+        "seconds": float(seconds),
+        "command": config.command,
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, "unknown" outside one."""
+    try:
+        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return out.stdout.strip() or "unknown"
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Imagined and true success against the GRPO step, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.6), sharey=True)
+    titles = ("imagined (sampled, training starts)", "true simulator (greedy, unseen starts)")
+    for panel, name, title in zip(axes, ("imagined_curve", "true_curve"), titles, strict=True):
+        for facts, curve in zip(document["seeds"], document[name], strict=True):
+            steps, rates = np.array(curve).T
+            line = panel.plot(steps, 100 * rates, marker="." if name == "true_curve" else None,
+                              label=f"seed {facts['seed']}", lw=1.4)[0]  # fmt: skip
+            if name == "true_curve":
+                low, high = np.array(facts["after"]["ci95"]) * 100
+                panel.errorbar(
+                    steps[-1], 100 * rates[-1], [[100 * rates[-1] - low], [high - 100 * rates[-1]]],
+                    color=line.get_color(), capsize=3,
+                )  # fmt: skip
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("GRPO step")
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("success, %")
+    axes[0].set_ylim(0, 100)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def table(document: dict[str, Any]) -> str:
+    """The table of the docs, in Markdown."""
+
+    def cell(value: dict[str, Any]) -> str:
+        low, high = value["ci95"]
+        return f"{value['success']:.1%} ({low:.1%} – {high:.1%})"
+
+    rows = ["| seed | before | after | gain |", "|---|---|---|---|"]
+    for seed in document["seeds"]:
+        rows.append(f"| {seed['seed']} | {cell(seed['before'])} | {cell(seed['after'])} | "
+                    f"{seed['gain_points']:+.1f} points |")  # fmt: skip
+    pooled = document["pooled"]
+    rows.append(f"| all | {cell(pooled['before'])} | {cell(pooled['after'])} | "
+                f"{document['mean_gain_points']:+.1f} points |")  # fmt: skip
+    return "\n".join(rows)
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line."""
+    config = parse_config(ReportConfig, argv, "worldloop grpo-report")
+    if not config.command:
+        config = replace(config, command="worldloop grpo-report " + " ".join(argv))
+    document = summarise(config)
+    atomic_write_text(config.out, json.dumps(document, indent=2) + "\n")
+    draw(document, config.figure)
+    print(table(document))
+    print(f"{config.out}, {config.figure}")
+    return 0
