@@ -1,6 +1,7 @@
 # Each target does its own set-up; set-up on a ready machine takes a second.
 #   make demo        imagine held-out real episodes, report in runs/demo
 #   make test        lint, types, tests, wheel install
+#   make test-vllm   the policy inside vLLM, in an environment of its own
 #   make setup-sim   the ManiSkill simulator with its software renderer
 #   make gpu         GPU tests and benchmarks, one folder: runs/gpu
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... goes to pytest.
@@ -8,9 +9,10 @@
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+VLLM   ?= .venv-vllm
 RUNS   ?= runs
 
-.PHONY: setup setup-sim demo test lint typing gpu clean
+.PHONY: setup setup-sim setup-vllm demo test test-vllm lint typing gpu clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -19,11 +21,17 @@ setup:
 setup-sim: setup
 	@VENV=$(VENV) scripts/setup_sim.sh
 
+setup-vllm:
+	@VENV_VLLM=$(VLLM) scripts/setup_vllm.sh
+
 demo: setup
 	$(BIN)/worldloop demo
 
 test: setup lint
 	$(BIN)/pytest $(ARGS)
+
+test-vllm: setup-vllm
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/pytest -m vllm tests/vllm $(ARGS)
 
 lint: setup typing
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 HAS_SIM = find_spec("mani_skill") is not None
+HAS_VLLM = find_spec("vllm") is not None
 
 
 def _imports(name: str) -> bool:
@@ -28,18 +29,21 @@ HAS_TIMM = _imports("timm")
 
 
 def pytest_report_header() -> list[str]:
-    """Say which device, simulator and timm the tests see."""
+    """Say which device, simulator, timm and vLLM the tests see."""
     gpu = f"run on {torch.cuda.get_device_name(0)}" if HAS_GPU else (
         f"deselected, torch {torch.__version__} sees no CUDA device"
     )  # fmt: skip
     sim = "run" if HAS_SIM else "deselected, ManiSkill is not installed (make setup-sim)"
     timm = "run" if HAS_TIMM else "deselected, timm cannot be imported (pip install timm)"
-    return [f"gpu tests: {gpu}", f"sim tests: {sim}", f"timm tests: {timm}"]
+    vllm = "run" if HAS_VLLM else "deselected, vLLM is not installed (make test-vllm)"
+    return [
+        f"gpu tests: {gpu}", f"sim tests: {sim}", f"timm tests: {timm}", f"vllm tests: {vllm}",
+    ]  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu`, `sim` or `timm` where there is no such thing."""
-    there = {"gpu": HAS_GPU, "sim": HAS_SIM, "timm": HAS_TIMM}
+    """Deselect tests marked `gpu`, `sim`, `timm` or `vllm` where there is no such thing."""
+    there = {"gpu": HAS_GPU, "sim": HAS_SIM, "timm": HAS_TIMM, "vllm": HAS_VLLM}
     absent = [name for name in there if not there[name]]
     gone = [item for item in items if any(map(item.get_closest_marker, absent))]
     if gone:

@@ -3,7 +3,10 @@
 vLLM finds `register` through the entry point group ``vllm.general_plugins``. A request carries an
 instruction's token ids and one raw uint8 frame per view; its answer is [A,256] float32 logits:
 
-    LLM.encode({"prompt_token_ids": ids, "multi_modal_data": {"image": frames_VHW3}})
+    LLM.encode({"prompt_token_ids": ids, "multi_modal_data": {"image": frames_VHW3}}, ...)
+
+(A request without an image never reaches our processor, so vLLM answers it, with numbers that mean
+nothing; `VLLMPolicy` sends none.)
 
 **The route.** A multimodal model in the pooling runner, since a request is one prefill whose answer
 is a tensor, not text. What is vLLM's here: request scheduling and batching (continuous, rows packed
