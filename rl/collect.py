@@ -36,6 +36,7 @@ from worldloop.types import ActionSpec, Episode
 VISIBLE_MARGIN = 0.008
 FARTHEST_REACH = 0.145  # metres; beyond it a low, downward gripper has no inverse kinematics
 SETTLED = 8  # last steps over which the success flag must not change
+EXPERT_STYLE = 0.15  # share of each range of styles that an expert's hand uses
 TRIES = 40  # attempts at the wanted outcome before a seed is given up
 
 
@@ -56,6 +57,8 @@ class CollectConfig:
     """First seed; seeds are given out once, whatever the number of processes."""
     success_share: float = 0.5
     """Of scripted episodes; a policy's are kept as they end."""
+    expert: bool = False
+    """Demonstrations for a policy: scripted successes of one steady style, aimed at the object."""
     policy: str | None = None
     """Roll this policy out instead of the scripted one (checkpoint folder or shipped name)."""
     temperature: float = TEMPERATURE
@@ -114,16 +117,22 @@ class Attempt:
     rejected: str  # why it is not kept; empty when it is
 
 
-def play(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Attempt | str:
+def play(
+    env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
+) -> Attempt | str:
     """Try for the wanted outcome once; a string says why the plan was not even begun."""
     rng = np.random.default_rng([seed, try_])
     sim_seed = reset_in_view(env, (int(rng.integers(2**31)) for _ in itertools.count()))
-    offset = perturbation(env.task.env_id, rng, want)
     start = env.objects()
+    offset = perturbation(env.task.env_id, rng, want)
+    if expert:
+        offset = np.zeros_like(offset)
     half = env.task.spawn_half_width
     if half is not None and np.abs(start[0, :2] + offset[0]).max() > half:
         return "belief outside the spawn area"
-    policy = scripted_policy(env.task.env_id, rng, start, env.tcp()[:3], offset, horizon)
+    policy = scripted_policy(
+        env.task.env_id, rng, start, env.tcp()[:3], offset, horizon, EXPERT_STYLE if expert else 1.0
+    )
     if max(float(point.position[0]) for point in policy.waypoints) > FARTHEST_REACH:
         return "out of reach"
     snapshots, states, objects = [env.snapshot()], [env.state()], [start]
@@ -158,9 +167,11 @@ def play(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> A
     )
 
 
-def attempt(env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int) -> Episode | None:
+def attempt(
+    env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
+) -> Episode | None:
     """One scripted episode whose outcome is the wanted one, or None. Rendered only when kept."""
-    played = play(env, seed, want, try_, horizon)
+    played = play(env, seed, want, try_, horizon, expert)
     if isinstance(played, str) or played.rejected:
         return None
     return Episode(
@@ -268,10 +279,11 @@ class Collector:
             self.tries, self.kept = self.tries + 1, self.kept + 1
             self.successes += int(rolled.success)
             return rolled
-        want = wanted_outcome(seed, self.config.success_share)
+        config = self.config
+        want = config.expert or wanted_outcome(seed, config.success_share)
         for try_ in range(TRIES):
             self.tries += 1
-            episode = attempt(self.env, seed, want, try_, self.config.horizon)
+            episode = attempt(self.env, seed, want, try_, config.horizon, config.expert)
             if episode is not None:
                 self.kept += 1
                 self.successes += int(want)

@@ -10,7 +10,6 @@ import json
 import math
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_act
 from worldloop.rl.held_out import HeldOut, load_held_out
 from worldloop.rl.pictures import Pair, write_pair, write_sheets
 from worldloop.rl.report import print_table, replaced_folder, targets, write_report
-from worldloop.track import Progress
+from worldloop.track import Progress, git_commit
 from worldloop.types import Actions, Rollout
 
 SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
@@ -204,18 +203,6 @@ def actions_only(held_out: HeldOut, seed: int) -> dict[str, Any]:
     return {"actions_only_alignment": max(found) if found else None, **values}
 
 
-def commit() -> str:
-    """The git commit of this checkout, or the package's version."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        return found.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return f"worldloop {worldloop.__version__}"
-
-
 def peak_memory_mb() -> float:
     """Largest resident set of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -287,7 +274,7 @@ def measure(
         "env_id": held_out.env_id,
         "threads": torch.get_num_threads(),
         "config": config_to_dict(config),
-        "commit": commit(),
+        "commit": git_commit(),
         "peak_memory_mb": peak_memory_mb(),
     }
     pairs = pairs_of(held_out, rollout, comparison, world.reward_threshold)

@@ -8,7 +8,6 @@ are grpo.json and the learning curve (the paper's Table 3 and Figure 4).
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
 from worldloop.metrics import wilson_interval
 from worldloop.rl.evaluate import EvaluateConfig, evaluate_policy
-from worldloop.track import read_rows
+from worldloop.track import git_commit, read_rows
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,8 @@ def summarise(config: ReportConfig) -> dict[str, Any]:
         "frames": int(frames),
         "seconds": float(seconds),
         "command": config.command,
-        "commit": commit(),
+        "commit": git_commit(),
     }
-
-
-def commit() -> str:
-    """The commit of the working tree, "unknown" outside one."""
-    try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return out.stdout.strip() or "unknown"
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "grpo-report": ("worldloop.rl.grpo_report:main", "true success before and after GRPO"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "evaluate policy": ("worldloop.rl.evaluate:main", "measure how often a policy succeeds"),
+    "bench policy": ("worldloop.bench.policy:main", "time the policy's forward pass"),
     "demo": ("worldloop.rl.demo:main", "imagine held-out real episodes and write a report"),
     "serve policy": ("worldloop.engine.policy.server:main", "serve a policy over HTTP"),
     "version": ("worldloop.cli:version", "print the versions that matter"),

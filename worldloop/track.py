@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from worldloop import __version__
 from worldloop.config import config_to_dict, read_json
 from worldloop.errors import UserError
 from worldloop.files import PathLike, atomic_write_bytes, atomic_write_text, disk_error
@@ -19,6 +21,18 @@ Scalar = bool | int | float | str | None
 def rank() -> int:
     """The rank of this process under torchrun, 0 elsewhere."""
     return int(os.environ.get("RANK", "0"))
+
+
+def git_commit() -> str:
+    """The git commit of this checkout ("-dirty" where it was changed), or the package's version."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"worldloop {__version__}"
 
 
 class Progress:

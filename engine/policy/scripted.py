@@ -87,6 +87,29 @@ class WaypointPolicy:
         return action.astype(np.float32)
 
 
+class NarrowStyle:
+    """Draws a plan's style from the middle ``share`` of each range: an expert's steady hand.
+
+    Stands in for the generator in plans, which draw with ``uniform`` and ``integers`` alone.
+    """
+
+    def __init__(self, rng: np.random.Generator, share: float) -> None:
+        self.rng, self.share = rng, share
+
+    def uniform(self, low: Any, high: Any) -> Any:
+        """Like the generator's, from the middle of [low, high]."""
+        low, high = np.asarray(low, float), np.asarray(high, float)
+        middle, half = (low + high) / 2, (high - low) / 2
+        return middle + self.share * half * self.rng.uniform(-1, 1, middle.shape)
+
+    def integers(self, low: int, high: int) -> int:
+        """The middle of low .. high - 1."""
+        return (low + high - 1) // 2
+
+
+Style = np.random.Generator | NarrowStyle
+
+
 def smooth_noise(rng: np.random.Generator, steps: int, scale: float) -> Vector:
     """Band-limited noise [steps,6]: white noise averaged over five steps; rotations get less."""
     white = rng.normal(size=(steps + 4, 6))
@@ -98,7 +121,7 @@ def smooth_noise(rng: np.random.Generator, steps: int, scale: float) -> Vector:
 def _slide(direction: float) -> Callable[..., list[Waypoint]]:
     """Plans that slide a cube along x: +1 pushes from behind, -1 pulls from the front."""
 
-    def plan(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Waypoint]:
+    def plan(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
         x, y = objects[0, 0], objects[0, 1]
         clearance = rng.uniform(0.045, 0.07)
         above, low = rng.uniform(0.06, 0.12), rng.uniform(0.021, 0.029)
@@ -129,7 +152,7 @@ def _yaw_of(quaternion_wxyz: Vector) -> float:
     return (yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4
 
 
-def _stack(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Waypoint]:
+def _stack(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
     red, green = objects[0], objects[1]
     turn = (0.0, 0.0, _yaw_of(red[3:]))
     approach, carry = rng.uniform(0.5, 1.0), rng.uniform(0.4, 0.9)
@@ -149,7 +172,7 @@ def _stack(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Wayp
     ]
 
 
-def _lift_peg(rng: np.random.Generator, objects: Vector, tool: Vector) -> list[Waypoint]:
+def _lift_peg(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
     """Take the peg (along x, 24 cm long) by its near end, raise it and turn it to hang upright.
 
     The hand turns until its fingers point back to the robot: the other way round the wrist ends
@@ -194,7 +217,7 @@ def _sideways_or_along(rng: np.random.Generator, direction: float) -> Callable[[
     return offset
 
 
-PLANS: dict[str, Callable[[np.random.Generator, Vector, Vector], list[Waypoint]]] = {
+PLANS: dict[str, Callable[[Style, Vector, Vector], list[Waypoint]]] = {
     "PushCube-v1": _slide(1.0),
     "PullCube-v1": _slide(-1.0),
     "StackCube-v1": _stack,
@@ -231,14 +254,17 @@ def scripted_policy(
     tool_3: npt.NDArray[Any],
     offset_O2: Vector,
     steps: int,
+    style_share: float = 1.0,
 ) -> WaypointPolicy:
     """A policy for one episode that believes the objects to be ``offset_O2`` from where they are.
 
+    style_share: how much of each range of styles is used; small is an expert's steady hand.
     Raises ValueError for an unknown ``env_id``.
     """
     if env_id not in PLANS:
         raise ValueError(f"no scripted policy for {env_id!r}; known: {', '.join(PLANS)}")
     believed = np.asarray(objects_O7, np.float64).copy()
     believed[:, :2] += offset_O2
-    plan = PLANS[env_id](rng, believed, np.asarray(tool_3, np.float64))
+    style = rng if style_share == 1 else NarrowStyle(rng, style_share)
+    plan = PLANS[env_id](style, believed, np.asarray(tool_3, np.float64))
     return WaypointPolicy(plan, smooth_noise(rng, steps, rng.uniform(0.0, 0.04)))

@@ -1,0 +1,185 @@
+"""`worldloop bench policy`: milliseconds an observation, beside the matrix-product ceiling.
+
+On a GPU preset `7b` in bf16 at batch 32, elsewhere `tiny` in fp32 at batch 16; random weights of
+the real shapes (speed does not need trained ones). Correctness comes first: a batch must give the
+logits that its rows give alone, or no speed is printed. FLOPs are counted from the shapes: two for
+each weight and token of a matrix product, four for each pair of tokens and channel in attention.
+
+Shape letters: B rows, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from worldloop import __version__
+from worldloop.config import config_to_dict
+from worldloop.engine.policy.action_tokens import Statistics
+from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT, tiny_config
+from worldloop.engine.policy.vision import ViTConfig
+from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+from worldloop.track import git_commit
+from worldloop.types import ActionSpec
+
+INSTRUCTION = "push the blue cube onto the target"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2 of batched against alone
+
+
+@dataclass(frozen=True)
+class PolicyBench:
+    """Time the policy's forward pass; write bench JSON into a folder."""
+
+    out: Path = Path("bench/results")
+    preset: str | None = None
+    """tiny or 7b; without it 7b on a GPU, else tiny."""
+    batch: int | None = None
+    repeats: int = 20
+    threads: int = 2
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
+        for name in ("repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+
+
+def vit_flops(config: ViTConfig) -> int:
+    """Of the blocks that are used (all but the last) for one picture."""
+    prefix = 0 if config.registers is None else 1 + config.registers
+    S, D = config.patches + prefix, config.width
+    block = 2 * S * (4 * D * D + 2 * D * config.mlp_width) + 4 * S * S * D
+    return (config.depth - 1) * block + 2 * config.patches * 3 * config.patch**2 * D
+
+
+def policy_flops(config: OpenVLAConfig, prompt: int) -> int:
+    """Of one observation with one picture and a prompt of that many tokens."""
+    llama, vision = config.llama, config.dino.width + config.siglip.width
+    N, D = config.dino.patches, llama.width
+    S = N + prompt + config.action_tokens + 1
+    projector = 2 * N * (4 * vision * vision + 4 * vision * D + D * D)
+    layer = 2 * S * (4 * D * D + 3 * D * llama.mlp_width) + 4 * S * S * D
+    head = 2 * config.action_tokens * D * 256
+    towers = vit_flops(config.dino) + vit_flops(config.siglip)
+    return towers + projector + llama.depth * layer + head
+
+
+def seconds_of(run: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
+    """Wall-clock seconds of each repeat, the device idle before and after; two to warm up."""
+    times = []
+    for i in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        since = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i >= 2:
+            times.append(time.perf_counter() - since)
+    return times
+
+
+def gemm_ceiling(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """FLOP/s of a large square matrix product, the best of the repeats."""
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds_of(lambda: a @ b, repeats, device))
+
+
+def make_policy(name: str, device: torch.device, dtype: torch.dtype) -> VLAPolicy:
+    """Random weights of the real shapes, made on the device."""
+    spec = ActionSpec(chunk=8 if name == "7b" else 24)
+    config = OpenVLAConfig() if name == "7b" else tiny_config(spec.dim, spec.chunk)
+    with torch.device("meta"):
+        network = OpenVLAOFT(config)
+    network = network.to(dtype).to_empty(device=device)
+    network.init_weights(0)
+    statistics = Statistics((-1.0,) * 7, (1.0,) * 7, (True,) * 6 + (False,))
+    return VLAPolicy(network.eval(), PolicyConfig(spec, "bench"), statistics)
+
+
+@torch.inference_mode()
+def bench(config: PolicyBench) -> dict[str, Any]:
+    """Measure; the document that is written."""
+    torch.set_num_threads(config.threads)
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    preset = config.preset or ("7b" if device.type == "cuda" else "tiny")
+    batch = config.batch or (32 if preset == "7b" else 16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = make_policy(preset, device, dtype)
+    size = policy.network_config.image_size
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (batch, 1, size, size, 3), np.uint8)
+    texts = [INSTRUCTION] * batch
+
+    together = policy.logits(frames, texts)
+    alone = torch.cat([policy.logits(frames[i : i + 1], texts[:1]) for i in range(2)])
+    error = float((together[:2] - alone).norm() / alone.norm())
+    if not error <= TOLERANCE[dtype]:
+        raise UserError(f"batched logits differ from single ones by {error:.2e}; no speed for that")
+
+    pictures = policy.pictures(frames)
+    ceiling = gemm_ceiling(dtype, device, 5)
+    times = sorted(seconds_of(lambda: policy.forward(pictures, texts), config.repeats, device))
+    whole = sorted(seconds_of(lambda: policy.logits(frames, texts), config.repeats, device))
+    prompt = policy.prompts([INSTRUCTION])[0].shape[1]
+    flops = policy_flops(policy.network_config, prompt)
+    median = statistics.median(times)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "bench": "policy",
+        "preset": preset,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parity_relative_l2": error,
+        "ms_per_observation": 1000 * median / batch,
+        "ms_per_observation_p95": 1000 * times[int(0.95 * (len(times) - 1))] / batch,
+        "ms_per_observation_with_image_chain": 1000 * statistics.median(whole) / batch,
+        "gflop_per_observation": flops / 1e9,
+        "tflops": flops * batch / median / 1e12,
+        "gemm_ceiling_tflops": ceiling / 1e12,
+        "share_of_gemm_ceiling": flops * batch / median / ceiling,
+        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if gpu else None,
+        "machine": {"gpu": gpu, "cpu": platform.processor() or platform.machine(),
+                    "threads": config.threads},
+        "versions": {"worldloop": __version__, "torch": torch.__version__,
+                     "python": platform.python_version()},
+        "commit": git_commit(),
+        "config": config_to_dict(config),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    config = tyro.cli(PolicyBench, args=argv, prog="worldloop bench policy")
+    found = bench(config)
+    path = (
+        config.out / f"policy-{found['preset']}-{'gpu' if found['machine']['gpu'] else 'cpu'}.json"
+    )
+    atomic_write_text(path, json.dumps(found, indent=2) + "\n")
+    print(
+        f"policy {found['preset']}, batch {found['batch']}, {found['dtype']}: "
+        f"{found['ms_per_observation']:.2f} ms an observation, {found['tflops']:.3g} TFLOP/s = "
+        f"{found['share_of_gemm_ceiling']:.0%} of the matrix-product ceiling "
+        f"({found['gemm_ceiling_tflops']:.3g}); {path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
