@@ -99,6 +99,8 @@ class VLLMPolicy(TokenPolicy):
         max_prompt: most tokens of a prompt; views: most frames of a row.
         options: further arguments of `vllm.LLM`, for instance gpu_memory_utilization=0.4 beside a
             learner. vLLM is silent but for errors; VLLM_LOGGING_LEVEL=INFO lets it speak.
+        vLLM seeds this process's global random generators and, on a CPU, lets nobody change
+        torch's number of threads from here on.
         Raises UserError for a checkpoint that does not fit, ModuleNotFoundError without vLLM.
         """
         folder = resolve_pretrained(name)
