@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -25,19 +26,28 @@ import torch
 import worldloop
 from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
+from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
-from worldloop.metrics import Comparison, compare_rollout, lpips, mse, psnr_of_mse
+from worldloop.metrics import (
+    Comparison,
+    compare_rollout,
+    lpips,
+    mse,
+    psnr_of_mse,
+    wilson_interval,
+)
 from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
+from worldloop.rl.grpo import GRPO, TINY
 from worldloop.rl.held_out import HeldOut, load_held_out
 from worldloop.rl.pictures import Pair, write_pair, write_sheets
-from worldloop.rl.report import print_table, replaced_folder, targets, write_report
+from worldloop.rl.report import print_grpo, print_table, replaced_folder, targets, write_report
+from worldloop.rl.starts import shipped_episodes
 from worldloop.track import Progress, git_commit
 from worldloop.types import Actions, Rollout
 
-SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
 SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights/outcome"
 
 
@@ -62,28 +72,22 @@ class DemoConfig:
     """Episodes in the comparison with the 35-step reference procedure."""
     repeats: int = 3
     """Timed repeats of each arm of that comparison."""
+    policy: str = "policy/pushcube"
+    """Policy that learns in imagination."""
+    grpo_steps: int = 4
+    """GRPO steps inside the world model; 0 leaves that part out."""
     videos: bool = True
     check: bool = False
     """Exit with 1 when a target is missed."""
 
     def __post_init__(self) -> None:
+        if self.grpo_steps < 0:
+            raise UserError(f"grpo_steps is {self.grpo_steps}; must be at least 0")
         for name in ("threads", "reference_batch", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
         if self.count is not None and self.count < 2:
             raise UserError(f"count is {self.count}; must be at least 2 (actions are exchanged)")
-
-
-def find_episodes(config: DemoConfig) -> Path:
-    """The dataset to imagine."""
-    if config.episodes is not None:
-        return config.episodes
-    shipped = sorted(SHIPPED_EPISODES.glob("demo-*/meta/info.json"))
-    if not shipped:
-        raise UserError(
-            f"{SHIPPED_EPISODES}: no shipped episodes (demo-*); give a dataset with --episodes"
-        )
-    return shipped[0].parents[1]
 
 
 def find_classifier(config: DemoConfig, env_id: str) -> tuple[OutcomeClassifier | None, str]:
@@ -187,6 +191,44 @@ def measure_speed(world: WorldModel, held_out: HeldOut, config: DemoConfig) -> d
     }
 
 
+def improve(
+    world: WorldModel, held_out: HeldOut, config: DemoConfig, folder: Path
+) -> dict[str, Any] | None:
+    """A few GRPO steps of the shipped policy: imagined success before and after, as sampled.
+
+    Before and after are measured on the same starts with the same seeds; the steps learn from
+    those starts too, so this shows learning, not generalisation (docs/policy.md has the true
+    success). None when ``grpo_steps`` is 0.
+    """
+    if config.grpo_steps == 0:
+        return None
+    since = time.perf_counter()
+    settings = replace(
+        TINY, out=folder, policy=config.policy, groups=4, steps=config.grpo_steps,
+        evaluate_every=0, seed=config.seed,
+    )  # fmt: skip
+    policy = VLAPolicy.from_pretrained(config.policy, temperature=settings.temperature)
+    grpo = GRPO(settings, world, policy, held_out.starts)
+    before = grpo.imagine(held_out.starts, 1, config.seed).success
+    rows = []
+    with Progress(config.grpo_steps, "grpo", unit="step") as progress, TemporaryDirectory() as work:
+        for step in range(config.grpo_steps):
+            rows.append(grpo.step(step, Path(work) / str(step)))
+            progress.update(success=rows[-1]["imagined_success"])
+    after = grpo.imagine(held_out.starts, 1, config.seed).success
+    return {
+        "policy": config.policy,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "before_ci95": list(wilson_interval(int(before.sum()), len(before))),
+        "after_ci95": list(wilson_interval(int(after.sum()), len(after))),
+        "episodes": len(before),
+        "horizon": settings.horizon,
+        "steps": rows,
+        "seconds": time.perf_counter() - since,
+    }
+
+
 def actions_only(held_out: HeldOut, seed: int) -> dict[str, Any]:
     """The larger of two figures: measured with the training data, and on these episodes.
 
@@ -286,9 +328,11 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> dict[str, An
     since = time.perf_counter()
     torch.set_num_threads(config.threads)
     world = WorldModel.from_pretrained(config.world)
-    held_out = load_held_out(find_episodes(config), config.count, world)
+    held_out = load_held_out(config.episodes or shipped_episodes(), config.count, world)
     with replaced_folder(config.out) as folder:
         values, comparison, pairs = measure(world, held_out, config, say)
+        say("GRPO inside the world model")
+        values["grpo"] = improve(world, held_out, config, folder)
         sheets = write_sheets(pairs, folder)
         if config.videos:
             with (
@@ -327,7 +371,14 @@ PRESETS = {
     "full": ("every shipped episode, videos and timings", DemoConfig()),
     "smoke": (
         "four episodes, no videos: seconds",
-        DemoConfig(count=4, videos=False, repeats=1, reference_batch=1, out=Path("runs/smoke")),
+        DemoConfig(
+            count=4,
+            videos=False,
+            repeats=1,
+            reference_batch=1,
+            grpo_steps=0,
+            out=Path("runs/smoke"),
+        ),
     ),
 }
 
@@ -339,6 +390,7 @@ def main(argv: list[str]) -> int:
     config = parse_config(PRESETS, argv, "worldloop demo")
     values = demo(config)
     print_table(values)
+    print_grpo(values)
     print(
         f"{config.out / 'report.html'} shows it; {config.out / 'summary.json'} holds the figures."
     )

@@ -105,14 +105,19 @@ class GRPOConfig:
             raise UserError(f"precision is {self.precision!r}; expected fp32 or bf16")
 
 
-TINY = LearnerConfig(lr=1e-4, mini_batch=32, micro_batch=16, old_logprobs="rollout")
+TINY = GRPOConfig(
+    out=Path("runs/grpo-tiny"),
+    groups=8,
+    horizon=48,
+    world_steps=1,
+    steps=40,
+    precision="bf16",
+    learner=LearnerConfig(lr=1e-4, mini_batch=32, micro_batch=16, old_logprobs="rollout"),
+)
 
 PRESETS: dict[str, tuple[str, GRPOConfig]] = {
     "simplevla": ("SimpleVLA-RL's settings for LIBERO", GRPOConfig(out=Path("runs/grpo"))),
-    "tiny": (
-        "the shipped tiny models on two CPU cores",
-        GRPOConfig(out=Path("runs/grpo-tiny"), groups=8, steps=40, learner=TINY),
-    ),
+    "tiny": ("the shipped tiny models on two CPU cores", TINY),
 }
 
 

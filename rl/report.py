@@ -116,6 +116,29 @@ def print_table(values: dict[str, Any]) -> None:
         print(line.rstrip())
 
 
+def grpo_line(values: dict[str, Any]) -> str:
+    """One sentence on the GRPO steps of the demo; "" where there were none."""
+    found = values["grpo"]
+    if found is None:
+        return ""
+
+    def rate(name: str) -> str:
+        low, high = found[f"{name}_ci95"]
+        return f"{found[name]:.0%} ({low:.0%} to {high:.0%})"
+
+    return (
+        f"{len(found['steps'])} GRPO steps of {found['policy']} inside the world model, "
+        f"{found['seconds']:.0f} s: imagined success {rate('before')} before, {rate('after')} "
+        f"after, over {found['episodes']} sampled episodes from the starts it learned from"
+    )
+
+
+def print_grpo(values: dict[str, Any]) -> None:
+    """Print that sentence."""
+    if values["grpo"] is not None:
+        print(grpo_line(values))
+
+
 # ---------------------------------------------------------------- the folder
 
 
@@ -296,6 +319,23 @@ def _confusion(title: str, counts: dict[str, int], interval: Sequence[float]) ->
     )
 
 
+def _grpo_section(values: dict[str, Any]) -> str:
+    if values["grpo"] is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{i}</td><td>{row['imagined_success']:.0%}</td><td>{row['group_yield']:.0%}</td>"
+        f"<td>{row['entropy']:.2f}</td><td>{row['clip_fraction']:.1%}</td>"
+        f"<td>{row['frames_per_second']:.0f}</td></tr>"
+        for i, row in enumerate(values["grpo"]["steps"], 1)
+    )
+    return (
+        f"<h2>A policy learns in imagination</h2><p>{html.escape(grpo_line(values))}.</p>"
+        "<table><tr><th>step</th><th>imagined success</th><th>mixed groups</th>"
+        "<th>entropy, nats a token</th><th>clipped</th><th>frames/s</th></tr>"
+        f"{rows}</table>"
+    )
+
+
 def write_report(
     folder: Path,
     values: dict[str, Any],
@@ -330,7 +370,7 @@ denoising steps a chunk, world model {html.escape(values["config"]["world"])}, c
 {html.escape(values["commit"])}.</p>
 {verdict}{_target_table(values)}
 <h2>Other figures</h2>{_plain_table(values)}
-<h2>PSNR over time</h2>
+{_grpo_section(values)}<h2>PSNR over time</h2>
 <p>How far imagination drifts: every chunk of {speed_chunk(values)} frames starts from what was
 imagined before it.</p>
 {psnr_chart(comparison, speed_chunk(values))}
