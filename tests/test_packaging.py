@@ -108,7 +108,7 @@ def test_shipped_weights_are_in_the_wheel(python: Path, tmp_path: Path) -> None:
         installed = site_packages(python) / "worldloop" / path.relative_to(ROOT / "worldloop")
         assert installed.stat().st_size == path.stat().st_size, path
     code = "from worldloop.hub import shipped_presets; print(shipped_presets())"
-    presets = sorted(p.parent.name for p in weights.glob("*/config.json"))
+    presets = sorted(str(p.parent.relative_to(weights)) for p in weights.rglob("config.json"))
     assert run(python, "-c", code, cwd=tmp_path).strip() == str(presets)
 
 

@@ -29,11 +29,11 @@ from worldloop.rl.demo import (
     demo,
     derangement,
     find_classifier,
-    find_episodes,
 )
 from worldloop.rl.envs.maniskill import TASKS
 from worldloop.rl.held_out import load_held_out
-from worldloop.rl.report import print_table, replaced_folder, shown, targets
+from worldloop.rl.report import grpo_line, print_table, replaced_folder, shown, targets
+from worldloop.rl.starts import shipped_episodes
 from worldloop.rollout_io import load_rollout, save_rollout
 from worldloop.types import ActionSpec, ControllerFit, Episode
 
@@ -95,7 +95,7 @@ def report(
     out = tmp_path_factory.mktemp("runs") / "demo"
     config = DemoConfig(
         world=str(world), episodes=episodes, classifier=classifier, out=out, threads=1,
-        reference_batch=2, repeats=1,
+        reference_batch=2, repeats=1, grpo_steps=0,
     )  # fmt: skip
     return out, demo(config)
 
@@ -129,6 +129,7 @@ def test_report_opens_from_disk(report: tuple[Path, dict]) -> None:
     page = (out / "report.html").read_text()
     links = re.findall(r'(?:src|href|poster)="([^"]+)"', page)
     assert links and all((out / link).is_file() for link in links)
+    assert grpo_line(report[1]) == "" and "learns in imagination" not in page
     assert not re.search(r"https?://|file://", page)
     assert page.count("episode-000.mp4") >= 1 and "MISSED" not in page and "missed" in page
     wrong = page.split("Where reward and truth disagree")[1].split("Worst, median")[0]
@@ -312,7 +313,7 @@ def test_damaged_rollout_files(parts: tuple[Path, Path, Path], tmp_path: Path) -
 
 
 def test_detector_and_classifier_on_shipped_real_episodes() -> None:
-    folder = find_episodes(DemoConfig())
+    folder = shipped_episodes()
     found = EpisodeDataset(folder)
     classifier, reason = find_classifier(DemoConfig(), found.meta.env_id)
     assert classifier is not None, reason
@@ -330,7 +331,7 @@ def test_detector_and_classifier_on_shipped_real_episodes() -> None:
 def test_shipped_world_imagines_what_happened() -> None:
     """Every fifth shipped episode, with the bounds that `worldloop demo` is held to."""
     world = WorldModel.from_pretrained("tiny")
-    held_out = load_held_out(find_episodes(DemoConfig()), None, world)
+    held_out = load_held_out(shipped_episodes(), None, world)
     chosen = dataclasses.replace(held_out, episodes=held_out.episodes[::5])
     engine = RolloutEngine(world, ReplayPolicy(chosen.actions, world.action_spec), steps=4)
     rollout = engine.rollout(chosen.starts, horizon=72, decode="all")

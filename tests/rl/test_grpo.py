@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import torch
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.errors import UserError
+from worldloop.rl import demo
 from worldloop.rl import grpo as module
 from worldloop.rl.advantage import group_advantages
+from worldloop.rl.demo import DemoConfig
 from worldloop.rl.grpo import GRPO, GRPOConfig, train
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
+from worldloop.rl.report import grpo_line
 
 LEARN = LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=5)
 
@@ -172,3 +176,18 @@ def test_bad_input_is_one_clear_line(tmp_path, small_world, small_policy, pool):
         GRPO(config_of(tmp_path), small_world, small_policy(chunk=4), pool)
     with pytest.raises(UserError, match="old_logprobs"):
         LearnerConfig(old_logprobs="guess")
+
+
+def test_the_demo_shows_what_a_few_steps_do(tmp_path, small_world, small_policy, pool, monkeypatch):
+    small_policy().save(tmp_path / "policy")
+    monkeypatch.setattr(demo, "TINY", config_of(tmp_path, temperature=1.6))
+    config = DemoConfig(policy=str(tmp_path / "policy"), grpo_steps=2)
+    held_out = SimpleNamespace(starts=pool)
+    found = demo.improve(small_world, held_out, config, tmp_path / "work")
+    assert len(found["steps"]) == 2 and found["episodes"] == 9
+    assert 0 <= found["before_ci95"][0] <= found["before"] <= found["before_ci95"][1] <= 1
+    line = grpo_line({"grpo": found})
+    assert f"{found['before']:.0%}" in line and f"{found['after']:.0%}" in line
+    assert demo.improve(small_world, held_out, DemoConfig(grpo_steps=0), tmp_path) is None
+    with pytest.raises(UserError, match="grpo_steps is -1"):
+        DemoConfig(grpo_steps=-1)
