@@ -34,7 +34,8 @@ import torch
 
 from worldloop.checkpoint import load_training_state, save_training_state
 from worldloop.cli import parse_config
-from worldloop.engine.policy.vla import TEMPERATURE, VLAPolicy
+from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
+from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
@@ -55,6 +56,9 @@ class GRPOConfig:
     out: Path
     policy: str = "policy/pushcube"
     """Shipped name, checkpoint folder or hub id of the policy to improve."""
+    actor: str = "inprocess"
+    """Where rollouts sample: "inprocess" (the learner's own weights), "vllm" (an engine in this
+    process), or the address of `worldloop serve policy`. Weights are sent after every step."""
     world: str = "tiny"
     """Shipped preset, checkpoint folder or hub id of the world model."""
     starts: Path | None = None
@@ -130,9 +134,11 @@ class GRPO:
         world: WorldModel,
         policy: VLAPolicy,
         starts: Starts,
+        actor: TokenPolicy | None = None,
     ) -> None:
         self.config = config
-        self.engine = RolloutEngine(world, policy, steps=config.world_steps)
+        self.actor = actor or policy
+        self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.precision = torch.autocast(
             torch.device(config.device).type, dtype, enabled=dtype is not torch.float32
@@ -149,6 +155,12 @@ class GRPO:
         self.held_out = starts.select(range(count - held, count)) if held else None
 
     # ------------------------------------------------------------ rollouts
+
+    def send_weights(self) -> None:
+        """Give the learner's weights to a policy that acts elsewhere."""
+        policy = self.learner.policy
+        if isinstance(self.actor, VLLMPolicy | HTTPPolicy):
+            self.actor.update_weights(policy.network.state_dict())
 
     def imagine(self, starts: Starts, group_size: int, seed: int, **options: Any) -> Rollout:
         """Episodes by the present policy; each ends at its success."""
@@ -219,6 +231,7 @@ class GRPO:
             Experience.of(rollout, advantages), derive_seed(self.config.seed, step, -1)
         )
         learned = time.perf_counter()
+        self.send_weights()
         frames = found.groups_tried * self.config.group_size * self.config.horizon
         return {
             "imagined_success": found.success,
@@ -231,14 +244,15 @@ class GRPO:
             "frames_per_second": frames / (imagined - begun),
             "seconds_rollout": imagined - begun,
             "seconds_learn": learned - imagined,
+            "seconds_sync": time.perf_counter() - learned,
             **{f"seconds_{part}": value for part, value in found.seconds.items()},
         }
 
     def evaluate(self, video: Path | None = None) -> float:
         """Imagined success of the greedy policy from the held-out starts."""
-        policy = self.learner.policy
+        actor = self.actor
         assert self.held_out is not None
-        sampling, policy.temperature = policy.temperature, 0.0
+        sampling, actor.temperature = actor.temperature, 0.0
         try:
             seed = derive_seed(self.config.seed, -1)
             rollout = self.imagine(self.held_out, 1, seed)
@@ -246,7 +260,7 @@ class GRPO:
                 few = self.held_out.select(range(min(4, len(self.held_out.instructions))))
                 save_rollout(self.imagine(few, 1, seed, decode="all"), video)
         finally:
-            policy.temperature = sampling
+            actor.temperature = sampling
         return float(rollout.success.mean())
 
 
@@ -271,8 +285,10 @@ def train(config: GRPOConfig) -> Path:
     policy = VLAPolicy.from_pretrained(
         config.policy, temperature=config.temperature, device=config.device
     )
-    grpo = GRPO(config, world, policy, load_starts(config.starts, world))
+    actor = make_actor(config)
+    grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)
+    grpo.send_weights()
     run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
     if step == 0:
         keep(config, policy, 0)
@@ -300,6 +316,15 @@ def train(config: GRPOConfig) -> Path:
     run.close()
     atomic_write_text(config.out / "done.json", json.dumps({"steps": step}) + "\n")
     return config.out / "policies" / f"{step:06d}"
+
+
+def make_actor(config: GRPOConfig) -> TokenPolicy | None:
+    """The policy that samples, where that is not the learner's own."""
+    if config.actor == "inprocess":
+        return None
+    if config.actor == "vllm":
+        return VLLMPolicy(config.policy, temperature=config.temperature)
+    return HTTPPolicy(config.actor, temperature=config.temperature)
 
 
 def _resume(config: GRPOConfig, grpo: GRPO) -> int:

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from worldloop.engine.policy.served import HTTPPolicy, LocalPolicy, PolicyServerError
+from worldloop.engine.policy.server import ServePolicyConfig, Server
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.errors import UserError
@@ -191,3 +195,67 @@ def test_the_demo_shows_what_a_few_steps_do(tmp_path, small_world, small_policy,
     assert demo.improve(small_world, held_out, DemoConfig(grpo_steps=0), tmp_path) is None
     with pytest.raises(UserError, match="grpo_steps is -1"):
         DemoConfig(grpo_steps=-1)
+
+
+# ---------------------------------------------------------------- acting elsewhere
+
+
+@contextmanager
+def serving(policy: VLAPolicy, port: int = 0):
+    """`worldloop serve policy` in a thread of this process."""
+    local = LocalPolicy(policy.network, policy.config, policy.statistics)
+    server = Server(local, ServePolicyConfig("test", port=port))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(timeout=60)
+
+
+class Impatient(HTTPPolicy):
+    """Gives up after one retry."""
+
+    def __init__(self, url: str, **options) -> None:
+        super().__init__(url, retries=1, backoff_s=0.01, **options)
+
+
+def test_rollouts_sampled_by_a_server_follow_the_learner(at_home, small_policy):
+    with serving(small_policy(seed=1)) as server:  # other weights: the first sync replaces them
+        config = config_of(at_home, actor=server.url, evaluate_every=1, evaluate_starts=3)
+        served = train(config)
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").open()]
+    assert rows[1]["gap_max"] < 1e-3 and rows[2]["gap_max"] < 1e-3
+    own = train(config_of(at_home, out=at_home / "own", evaluate_every=1, evaluate_starts=3))
+    for a, b in zip(weights_of(served).values(), weights_of(own).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_server_that_is_gone_ends_the_run_cleanly_and_nothing_is_lost(
+    at_home, small_policy, monkeypatch
+):
+    options = {"groups": 4, "accuracy_low": 0.2, "accuracy_high": 0.8, "rounds": 20}
+    monkeypatch.setattr(module, "HTTPPolicy", Impatient)
+    imagine, calls = GRPO.imagine, 0
+    with serving(small_policy()) as server:
+
+        def dies(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                server.stop()
+            return imagine(self, *args, **kwargs)
+
+        monkeypatch.setattr(GRPO, "imagine", dies)
+        config = config_of(at_home, actor=server.url, **options)
+        with pytest.raises(PolicyServerError, match=server.url) as error:
+            train(config)
+    assert "\n" not in str(error.value)
+    assert len(list((config.out / "rollouts").rglob("rollout.json"))) == 1
+    monkeypatch.setattr(GRPO, "imagine", imagine)
+    with serving(small_policy()) as again:
+        resumed = train(dataclasses.replace(config, actor=again.url))
+    whole = train(config_of(at_home, out=at_home / "whole", **options))
+    for a, b in zip(weights_of(resumed).values(), weights_of(whole).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
