@@ -33,7 +33,7 @@ from worldloop.checkpoint import (
     resolve_pretrained,
     save_checkpoint,
 )
-from worldloop.config import config_from_dict, config_to_dict
+from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.engine.dit import DiT
 from worldloop.engine.kv_cache import KVRing
 from worldloop.engine.light_vae import LightVAE, LightVAEConfig
@@ -405,11 +405,17 @@ def build_autoencoder(config: LightVAEConfig | WanVAEConfig) -> LightVAE | WanVA
 
 
 def load_autoencoder(folder: PathLike) -> LightVAE:
-    """A checkpoint folder of `worldloop train autoencoder`; raises UserError naming it."""
-    checkpoint = load_checkpoint(folder, kind="light_vae")
-    config = config_from_dict(LightVAEConfig, checkpoint.config, str(folder))
-    if "model" not in checkpoint.parts:
+    """A checkpoint folder of `worldloop train autoencoder`, or the one inside a world model's.
+
+    Raises UserError naming the folder.
+    """
+    whole = read_json(Path(folder) / "config.json").get("kind") == "world_model"
+    checkpoint = load_checkpoint(folder, kind="world_model" if whole else "light_vae")
+    values = checkpoint.config["autoencoder"] if whole else checkpoint.config
+    config = config_from_dict(LightVAEConfig, values, str(folder))
+    part = "autoencoder" if whole else "model"
+    if part not in checkpoint.parts:
         raise UserError(f"{folder}: has no 'model' weights; it is not a whole autoencoder")
     model = LightVAE(config)
-    load_into(model, checkpoint.parts["model"], str(folder))
+    load_into(model, checkpoint.parts[part], str(folder))
     return model.eval()

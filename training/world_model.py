@@ -52,7 +52,7 @@ class WorldModelTraining:
 
     data: Path
     autoencoder: Path
-    """Checkpoint folder of `worldloop train autoencoder`."""
+    """Checkpoint folder of `worldloop train autoencoder`, or of a world model."""
     out: Path
     preset: str = "tiny"
     width: int | None = None
@@ -114,7 +114,8 @@ def latent_cache(
     The file's name holds the hash of the autoencoder's weights: another one gets another cache.
     """
     model = load_autoencoder(autoencoder)  # first, so that a foreign folder is named
-    weights = read_json(autoencoder / "config.json")["files"]["model"]
+    files = read_json(autoencoder / "config.json")["files"]
+    weights = files.get("autoencoder") or files["model"]  # a world model holds one, too
     digest = file_sha256(autoencoder / weights)[:12]
     path = root / ".cache" / f"latents-{data.key}-{digest}.npy"
     if not path.exists():
