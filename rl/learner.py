@@ -150,7 +150,8 @@ class Learner:
 
         ``seed`` orders the mini-batches. Metrics: loss, entropy (nats a token), ratio (mean and
         largest), clip_fraction, gradient norm, and the gap between the sampler's and the learner's
-        log-probabilities before the first step. Raises UserError for a loss that is not finite.
+        log-probabilities before the first step (of all episodes, or of the first mini-batch's
+        with old_logprobs="rollout"). Raises UserError for a loss that is not finite.
         """
         config = self.config
         old, gap = e.logprobs, {}
@@ -160,6 +161,8 @@ class Learner:
         rng = np.random.default_rng(seed)
         sums: dict[str, float] = {}
         largest, optimizer_steps = 0.0, 0
+        if not gap:  # from the first mini-batch, whose weights are the sampler's
+            gap = {"gap_mean": 0.0, "gap_max": 0.0}
         for _ in range(config.epochs):
             order = rng.permutation(len(e.tokens))
             for i in range(0, len(order), config.mini_batch):
@@ -170,6 +173,10 @@ class Learner:
                 for part in self._micro_batches(self._decisions(e, rows)):
                     found = self._accumulate(e, part, old, weights)
                     largest = max(largest, found.pop("ratio_max"))
+                    gap_mean, gap_max = found.pop("gap_mean"), found.pop("gap_max")
+                    if optimizer_steps == 0 and config.old_logprobs == "rollout":
+                        gap["gap_mean"] += gap_mean
+                        gap["gap_max"] = max(gap["gap_max"], gap_max)
                     for name, value in found.items():
                         sums[name] = sums.get(name, 0.0) + value
                 norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
@@ -201,7 +208,10 @@ class Learner:
         loss = (losses * weight).sum()
         loss.backward()
         weight = weight.expand_as(losses)
+        gap = (logprobs.detach().float() - before).abs()
         return {
+            "gap_mean": float((gap * weight).sum()),
+            "gap_max": float(gap[weight > 0].max()),
             "loss": float(loss.detach()),
             "entropy": float((entropy.detach() * weight).sum()),
             "ratio": float((facts["ratio"] * weight).sum()),

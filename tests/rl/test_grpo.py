@@ -259,3 +259,14 @@ def test_a_server_that_is_gone_ends_the_run_cleanly_and_nothing_is_lost(
     whole = train(config_of(at_home, out=at_home / "whole", **options))
     for a, b in zip(weights_of(resumed).values(), weights_of(whole).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gap_is_logged_either_way(small_world, small_policy, pool):
+    for old in ("recompute", "rollout"):
+        policy = small_policy()
+        e = experience(small_world, policy, pool)
+        off = dataclasses.replace(e, logprobs=e.logprobs + 0.25)  # a sampler with another sum
+        config = dataclasses.replace(LEARN, old_logprobs=old)
+        metrics = Learner(policy, config).update(off, seed=0)
+        assert metrics["gap_mean"] == pytest.approx(0.25, abs=1e-3), old
+        assert metrics["gap_max"] == pytest.approx(0.25, abs=1e-3), old
