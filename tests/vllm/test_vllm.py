@@ -237,3 +237,31 @@ def test_serve_policy_end_to_end(local, folder, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+def test_grpo_samples_from_vllm_with_the_learner_s_weights(tmp_path):
+    from worldloop.engine.world_model import WorldModel
+    from worldloop.rl.grpo import GRPO, GRPOConfig
+    from worldloop.rl.learner import LearnerConfig
+    from worldloop.rl.starts import load_starts
+
+    world = WorldModel.from_pretrained("tiny")
+    network = OpenVLAOFT(tiny_config(DIM, world.action_spec.chunk))
+    network.init_weights(0)
+    statistics = Statistics((-0.5,) * DIM, (0.5,) * DIM, (True,) * 6 + (False,))
+    learner = VLAPolicy(network.eval(), PolicyConfig(world.action_spec, "test"), statistics)
+    folder = learner.save(tmp_path / "policy")
+    config = GRPOConfig(
+        out=tmp_path, policy=str(folder), groups=2, group_size=2, horizon=24, world_steps=1,
+        accuracy_low=0.0, accuracy_high=1.0, evaluate_every=0, learner=LearnerConfig(mini_batch=4),
+    )  # fmt: skip
+    with VLLMPolicy(folder) as actor:
+        grpo = GRPO(config, world, learner, load_starts(None, world, limit=2), actor)
+        first = grpo.step(0, tmp_path / "0")
+        with torch.no_grad():  # as if much had been learned
+            for p in network.parameters():
+                p.add_(0.2 * p.std() * torch.randn(p.shape)) if p.dim() > 1 else None
+        grpo.send_weights()
+        second = grpo.step(1, tmp_path / "1")
+    assert first["gap_max"] < 1e-3 and second["gap_max"] < 1e-3
+    assert second["entropy"] != pytest.approx(first["entropy"], abs=1e-3)
