@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from worldloop import cli
+from worldloop.engine.policy.action_tokens import Statistics
+from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
+from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.outcome import load_actions_only
 from worldloop.rl import collect as module
 from worldloop.rl.collect import CollectConfig, Collector, collect, wanted_outcome
 from worldloop.rl.envs.maniskill import task_preset
+from worldloop.types import ActionSpec
 
 Array = npt.NDArray[np.float32]
 SIZE = 32
@@ -75,6 +80,9 @@ class FlatWorld:
         column, row = (snapshot * 40 + SIZE / 2).astype(int)
         picture[row - 2 : row + 2, column - 2 : column + 2] = (12, 42, 160)
         return picture
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        return self.render_snapshot(self.cube)
 
     def close(self) -> None:
         pass
@@ -129,6 +137,38 @@ def test_the_same_seeds_give_the_same_episodes(flat: type[FlatWorld], tmp_path: 
     np.testing.assert_array_equal(first.actions, again.actions)
     np.testing.assert_array_equal(first.states, again.states)
     assert first.seed == again.seed == 2
+
+
+def test_expert_demonstrations_are_successes_aimed_at_the_object(
+    flat: type[FlatWorld], tmp_path: Path
+) -> None:
+    dataset = collect(config(tmp_path / "demos", episodes=6, expert=True))
+    assert dataset.success.all()
+    for episode in dataset.stream(frames=False):
+        assert np.abs(episode.info["perturbation_m"]).max() == 0
+
+
+def test_a_policy_s_episodes_are_kept_as_they_end(flat: type[FlatWorld], tmp_path: Path) -> None:
+    """Chunk by chunk from what it sees, to the horizon, from starts that can be solved."""
+    torch.set_num_threads(1)
+    network = OpenVLAOFT(tiny_config(7, 24))
+    network.init_weights(0)
+    statistics = Statistics((-0.5,) * 7, (0.5,) * 7, (True,) * 6 + (False,))
+    policy = VLAPolicy(network.eval(), PolicyConfig(ActionSpec(), "test"), statistics)
+    folder = str(policy.save(tmp_path / "policy"))
+    options = {"episodes": 3, "policy": folder, "temperature": 1.0, "horizon": 48}
+    dataset = collect(config(tmp_path / "a", **options))
+    again = collect(config(tmp_path / "b", **{**options, "shard": 1}))
+    for episode, other in zip(dataset.stream(), again.stream(), strict=True):
+        assert len(episode.actions) == 48 and episode.info["policy"] == folder
+        assert episode.objects is not None and episode.objects[0, 0, 0] <= 0.04
+        np.testing.assert_array_equal(episode.actions, other.actions)
+        assert episode.success == bool(episode.reward[-2:].all())
+    other_chunk = VLAPolicy(
+        OpenVLAOFT(tiny_config(7, 16)), PolicyConfig(ActionSpec(chunk=16), "test"), statistics
+    ).save(tmp_path / "other")
+    with pytest.raises(UserError, match="horizon is 24; expected a multiple of the policy's chunk"):
+        collect(config(tmp_path / "c", episodes=1, policy=str(other_chunk), horizon=24))
 
 
 def test_wanted_outcomes_do_not_follow_the_seed() -> None:

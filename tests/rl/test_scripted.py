@@ -170,3 +170,20 @@ def test_unknown_task_is_named() -> None:
         scripted_policy("Nope-v1", rng, np.zeros((1, 7)), HOME, np.zeros((1, 2)), HORIZON)
     with pytest.raises(ValueError, match="'Nope-v1'.*PushCube-v1"):
         perturbation("Nope-v1", rng, True)
+
+
+def test_an_expert_s_style_is_the_middle_of_every_range():
+    """Plans of a narrow style are alike; those of the full style are not."""
+    objects = np.array([[0.0, 0.02, 0.02, 1, 0, 0, 0]] * 2)
+    tool = np.array([0.0, 0.0, 0.17])
+
+    def spread(env_id: str, share: float) -> float:
+        plans = []
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            policy = scripted_policy(env_id, rng, objects, tool, np.zeros((2, 2)), 72, share)
+            plans.append([[*point.position, point.speed] for point in policy.waypoints])
+        return float(np.std(np.array(plans), axis=0).mean())
+
+    for env_id in ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1"):
+        assert 0 < spread(env_id, 0.15) < 0.3 * spread(env_id, 1.0), env_id

@@ -1,0 +1,89 @@
+"""The report of GRPO runs: figures, intervals, curve and refusals, from evaluations on disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from worldloop.errors import UserError
+from worldloop.metrics import wilson_interval
+from worldloop.rl import grpo_report
+from worldloop.rl.evaluate import Evaluation
+from worldloop.rl.grpo_report import ReportConfig, draw, summarise, table
+
+RATES = {0: {0: 0.35, 10: 0.4, 20: 0.55}, 1: {0: 0.35, 10: 0.5, 20: 0.6}}
+
+
+def make_run(folder, seed: int):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"seed": seed}))
+    rows = [{"step": 0, "seconds": 1.0, "held_out_success": 0.3}] + [
+        {"step": s, "seconds": 10.0 * s, "imagined_success": 0.02 * s, "frames": 100}
+        for s in range(1, 21)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in RATES[seed]:
+        (folder / f"policies/{step:06d}").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two runs; the simulator's answers come from RATES and are counted."""
+    asked = []
+
+    def evaluate(config):
+        step = int(config.policy.rsplit("/", 1)[1])
+        seed = int(config.policy.split("run")[1][0])
+        asked.append((seed, step, config.episodes))
+        hits = round(RATES[seed][step] * config.episodes)
+        success = np.arange(config.episodes) < hits
+        found = Evaluation(
+            tuple(config.first_seed + i for i in range(config.episodes)), success,
+            np.full(config.episodes, 30), 100, 1.0,
+        )  # fmt: skip
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {"config": {"first_seed": config.first_seed}, **found.to_dict()}
+        config.out.write_text(json.dumps(document))
+
+    monkeypatch.setattr(grpo_report, "evaluate_policy", evaluate)
+    return tuple(make_run(tmp_path / f"run{seed}", seed) for seed in RATES), asked
+
+
+def test_figures_and_curves(runs, tmp_path):
+    folders, asked = runs
+    config = ReportConfig(runs=folders, episodes=200, curve_episodes=50, command="made by hand")
+    found = summarise(config)
+    first, second = found["seeds"]
+    assert first["before"] == {"success": 0.35, "ci95": list(wilson_interval(70, 200)),
+                               "successes": 70}  # fmt: skip
+    assert second["after"]["success"] == 0.6 and second["gain_points"] == pytest.approx(25)
+    assert found["mean_gain_points"] == pytest.approx((20 + 25) / 2)
+    assert found["pooled"]["after"] == {
+        "success": 230 / 400, "ci95": list(wilson_interval(230, 400))
+    }  # fmt: skip
+    assert found["true_curve"][1] == [[0, 0.35], [10, 0.5], [20, 0.6]]
+    assert found["imagined_curve"][0][0] == [1, 0.02] and len(found["imagined_curve"][0]) == 20
+    assert found["frames"] == 2 * 20 * 100 and found["seconds"] == 400
+    assert {"task", "episodes", "command", "commit"} <= found.keys()
+    assert (0, 10, 50) in asked and (0, 20, 200) in asked
+    # A second report asks the simulator nothing.
+    count = len(asked)
+    assert summarise(config)["seeds"] == found["seeds"] and len(asked) == count
+    draw(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    text = table(found)
+    assert "| 1 | 35.0% (28.7% – 41.8%) | 60.0%" in text and "+22.5 points" in text
+
+
+def test_refusals(runs, tmp_path):
+    folders, _ = runs
+    with pytest.raises(UserError, match="at least one output folder"):
+        summarise(ReportConfig(runs=()))
+    summarise(ReportConfig(runs=folders[:1]))
+    with pytest.raises(UserError, match="is of other start states; delete it"):
+        summarise(ReportConfig(runs=folders[:1], first_seed=5))
+    (tmp_path / "empty/policies").mkdir(parents=True)
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds 0 policies; a finished run is needed"):
+        summarise(ReportConfig(runs=(tmp_path / "empty",)))
