@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,21 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
+from worldloop.config import config_to_dict
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
 from worldloop.metrics import Alignment, outcome_alignment
 from worldloop.rl.held_out import load_held_out
 from worldloop.rollout_io import save_rollout
-from worldloop.track import Progress
+from worldloop.track import Progress, git_commit
 from worldloop.types import Rollout
 
 
 @dataclass(frozen=True)
 class ImagineConfig:
-    """Imagine episodes with a world model; write rollout.safetensors and rollout.mp4."""
+    """Imagine episodes with a world model; write the rollout and how its outcomes agree."""
 
     episodes: Path
     """Dataset folder."""
@@ -78,7 +81,16 @@ def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
     save_rollout(rollout, config.out, real.fps)
     held = world.config.held_frames
     true = np.repeat([held_success(e.reward, held) for e in real.episodes], config.group_size)
-    return rollout, outcome_alignment(true, rollout.success)
+    agreement = outcome_alignment(true, rollout.success)
+    document = {
+        **agreement.to_dict(),
+        "agreement": agreement.rate,
+        "ci95": list(agreement.interval),
+        "config": config_to_dict(config),
+        "commit": git_commit(),
+    }
+    atomic_write_text(config.out / "agreement.json", json.dumps(document, indent=2) + "\n")
+    return rollout, agreement
 
 
 def held_success(reward_T: npt.NDArray[np.float32], frames: int) -> bool:

@@ -271,7 +271,12 @@ def test_rollout_verb_and_files(
     arguments = ["--world", str(world), "--episodes", str(episodes), "--count", "3"]
     arguments += ["--group-size", "2", "--threads", "1", "--out", str(tmp_path / "a")]
     assert main(["rollout", *arguments]) == 0
-    assert "6 episodes of 16 frames" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 episodes of 16 frames" in said and "outcomes agree in" in said
+    agreement = json.loads((tmp_path / "a/agreement.json").read_text())
+    # Real rewards are up for the second half of episodes of odd seeds: 0 fails, 1 succeeds, 2 fails.
+    assert agreement["true_success"] + agreement["false_failure"] == 2
+    assert agreement["false_success"] + agreement["true_failure"] == 4
     rollout = load_rollout(tmp_path / "a")
     assert rollout.frames is not None and rollout.frames.shape == (6, T + 1, 1, SIZE, SIZE, 3)
     assert rollout.group_id.tolist() == [0, 0, 1, 1, 2, 2]
