@@ -166,7 +166,12 @@ class RolloutEngine:
             )
             timer.add("policy", clock)
             out, state = self.world.step(
-                state, action.actions, steps=self.steps, decode=decode, timer=timer
+                state,
+                action.actions,
+                steps=self.steps,
+                decode=decode,
+                commit=k + 1 < chunks,
+                timer=timer,
             )
             self._record(record, rows, k, action, out, decode, stop_on_success)
             if out.frames is not None:

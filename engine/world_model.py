@@ -197,12 +197,15 @@ class WorldModel(nn.Module):
         *,
         steps: Steps = 4,
         decode: Decode = "all",
+        commit: bool = True,
         timer: Timer | None = None,
     ) -> tuple[Chunk, WorldState]:
         """Imagine the T frames that follow T = ``action_spec.chunk`` actions.
 
         steps: denoising steps of the streaming sampler (1, 2, 4), or "reference". decode: every
-        frame, the one the policy sees next, or none. ``state`` is spent afterwards.
+        frame, the one the policy sees next, or none. commit: False saves the pass that adds this
+        chunk to the history, where no other chunk will follow; the state handed back is then at
+        its end, and a further step raises. ``state`` is spent afterwards.
         """
         spec, timer = self.action_spec, timer or Timer()
         actions = spec.check(actions_BTA)
@@ -221,7 +224,7 @@ class WorldModel(nn.Module):
             latents, frames, last = self._reference(state, poses, decode, timer)
             ring, decoder = state.ring, state.decoder
         else:
-            latents, ring = self._stream(state, poses, int(steps), timer)
+            latents, ring = self._stream(state, poses, int(steps), commit, timer)
             clock = time.perf_counter()
             frames, decoder = self._decode(latents, state.decoder, decode)
             timer.add("decode", clock)
@@ -258,7 +261,7 @@ class WorldModel(nn.Module):
         return torch.from_numpy(scaled.astype(np.float32)).to(self.device)
 
     def _stream(
-        self, state: WorldState, poses: Float, steps: int, timer: Timer
+        self, state: WorldState, poses: Float, steps: int, commit: bool, timer: Timer
     ) -> tuple[Tensor, KVRing]:
         """Few steps against the cached history, then one clean pass to commit the result."""
         if state.ring is None:
@@ -268,8 +271,8 @@ class WorldModel(nn.Module):
             )
         if state.ring.frames != state.cursor:
             raise UserError(
-                f"steps is {steps}, but this episode was begun with the reference procedure, "
-                "which keeps no history; go on with it, or start again"
+                f"steps is {steps}, but the last chunk is not in this episode's history: it was "
+                "made by the reference procedure or with commit=False; start again"
             )
         clock = time.perf_counter()
         conditioning = self._normalised(poses)
@@ -281,8 +284,10 @@ class WorldModel(nn.Module):
         denoise = dit_denoiser(self.dit, self.config.dit.prediction, **inputs)
         latents = streaming_sample(denoise, self._noise(state), STREAMING_TIMES[steps])
         clock = timer.add("dit", clock)
-        commit = self.dit(latents, latents.new_zeros(state.rows), **inputs)
-        ring = state.ring.append(commit.kv)
+        if not commit:
+            return latents, state.ring
+        committed = self.dit(latents, latents.new_zeros(state.rows), **inputs)
+        ring = state.ring.append(committed.kv)
         timer.add("commit", clock)
         return latents, ring
 

@@ -218,7 +218,9 @@ def test_stop_on_success_drops_rows_and_leaves_the_others_alone(small, monkeypat
     policy.seen.clear()
     stopped = engine.rollout(starts, horizon=T, decode="all", stop_on_success=True)
     assert [o.episodes for o in policy.seen] == [(0, 1, 2, 3), (0, 2, 3), (0, 3)]
-    assert stopped.valid.sum(1).tolist() == [24, 8, 16, 24] and whole.valid.all()
+    # Valid up to the action whose frame made the success, the second in a row above the threshold.
+    assert stopped.valid.sum(1).tolist() == [24, 4, 14, 17] and whole.valid.all()
+    assert (np.diff(stopped.valid.astype(int), axis=1) <= 0).all()
     assert stopped.success.tolist() == whole.success.tolist() == [False, True, True, True]
     for b, n in enumerate((24, 8, 16, 24)):
         np.testing.assert_array_equal(stopped.reward[b, :n], rewards[b, :n])
@@ -237,7 +239,7 @@ def test_nothing_runs_once_all_have_succeeded(small, monkeypatch):
     engine = RolloutEngine(engineered(small, monkeypatch, rewards, 2), policy)
     out = engine.rollout(starts_of(small, 2), horizon=T, stop_on_success=True)
     assert len(policy.seen) == 1 and out.success.all()
-    assert out.valid.sum(1).tolist() == [8, 8]
+    assert out.valid.sum(1).tolist() == [2, 2]
 
 
 # ---------------------------------------------------------------- bad input

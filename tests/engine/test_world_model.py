@@ -302,7 +302,7 @@ def test_streaming_cannot_continue_a_reference_episode(small):
     world = small.world_of()
     state = world.start(small.frames_of(1), small.poses_of(1), (1,))
     _, state = world.step(state, small.actions_of(1, 8), steps="reference")
-    with pytest.raises(UserError, match="begun with the reference procedure"):
+    with pytest.raises(UserError, match="made by the reference procedure"):
         world.step(state, small.actions_of(1, 8), steps=4)
 
 
@@ -412,3 +412,18 @@ def test_states_that_do_not_fit_are_refused(small, tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"state\.safetensors"):
         WorldState.load(folder, world)
+
+
+def test_the_last_chunk_need_not_be_committed(small):
+    """The same chunk without the pass that nobody would read; a further step is refused."""
+    world = small.world_of()
+    frames, poses, actions = small.frames_of(2), small.poses_of(2), small.actions_of(2, 16)
+    chunks = []
+    for commit in (True, False):
+        state = world.start(frames, poses, [1, 2])
+        _, state = world.step(state, actions[:, :8])
+        chunk, state = world.step(state, actions[:, 8:], commit=commit)
+        chunks.append(chunk)
+    small.assert_same_chunk(*chunks, levels=0, reward=0)
+    with pytest.raises(UserError, match="commit=False; start again"):
+        world.step(state, actions[:, :8])
