@@ -228,7 +228,9 @@ class GRPO:
         rollout = Rollout.concatenate(found.rollouts)
         advantages = group_advantages(rollout.success, rollout.group_id)
         metrics = self.learner.update(
-            Experience.of(rollout, advantages), derive_seed(self.config.seed, step, -1)
+            Experience.of(rollout, advantages),
+            derive_seed(self.config.seed, step, -1),
+            done=min(1.0, step / self.config.steps),
         )
         learned = time.perf_counter()
         self.send_weights()

@@ -32,6 +32,8 @@ class LearnerConfig:
     lr: float = 5e-6
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
+    cooldown: float = 0.0
+    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     grad_clip: float = 1.0
@@ -52,6 +54,8 @@ class LearnerConfig:
             raise UserError(
                 f"old_logprobs is {self.old_logprobs!r}; expected 'recompute' or 'rollout'"
             )
+        if not 0 <= self.cooldown <= 1:
+            raise UserError(f"cooldown is {self.cooldown}; expected 0 .. 1")
         for name in ("mini_batch", "micro_batch", "epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
@@ -145,13 +149,14 @@ class Learner:
 
     # ------------------------------------------------------------ update
 
-    def update(self, e: Experience, seed: int) -> dict[str, float]:
+    def update(self, e: Experience, seed: int, done: float = 0.0) -> dict[str, float]:
         """Pass over the experience ``epochs`` times in mini-batches; metrics of the whole update.
 
-        ``seed`` orders the mini-batches. Metrics: loss, entropy (nats a token), ratio (mean and
-        largest), clip_fraction, gradient norm, and the gap between the sampler's and the learner's
-        log-probabilities before the first step (of all episodes, or of the first mini-batch's
-        with old_logprobs="rollout"). Raises UserError for a loss that is not finite.
+        ``seed`` orders the mini-batches; ``done`` is the share of the run that lies behind.
+        Metrics: loss, entropy (nats a token), ratio (mean and largest), clip_fraction, gradient
+        norm, and the gap between the sampler's and the learner's log-probabilities before the
+        first step (of all episodes, or of the first mini-batch's with old_logprobs="rollout").
+        Raises UserError for a loss that is not finite.
         """
         config = self.config
         old, gap = e.logprobs, {}
@@ -186,7 +191,7 @@ class Learner:
                         "state is on disk; lower the learning rate"
                     )
                 for group in self.optimizer.param_groups:
-                    group["lr"] = config.lr * min(1.0, (self.steps + 1) / max(1, config.warmup))
+                    group["lr"] = self.learning_rate(done)
                 self.optimizer.step()
                 self.steps += 1
                 optimizer_steps += 1
@@ -218,6 +223,13 @@ class Learner:
             "clip_fraction": float((facts["clipped"] * weight).sum()),
             "ratio_max": float(facts["ratio"][weight > 0].max()),
         }
+
+    def learning_rate(self, done: float) -> float:
+        """Of the next optimizer step, at this share of the run: warm-up, constant, cool-down."""
+        config = self.config
+        warm = min(1.0, (self.steps + 1) / max(1, config.warmup))
+        cool = min(1.0, (1 - done) / config.cooldown) if config.cooldown else 1.0
+        return config.lr * warm * cool
 
     # ------------------------------------------------------------ state
 
