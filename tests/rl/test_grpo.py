@@ -270,3 +270,12 @@ def test_the_gap_is_logged_either_way(small_world, small_policy, pool):
         metrics = Learner(policy, config).update(off, seed=0)
         assert metrics["gap_mean"] == pytest.approx(0.25, abs=1e-3), old
         assert metrics["gap_max"] == pytest.approx(0.25, abs=1e-3), old
+
+
+def test_the_learning_rate_warms_up_and_cools_down(small_policy):
+    learner = Learner(small_policy(), LearnerConfig(lr=1.0, warmup=10, cooldown=0.4))
+    assert learner.learning_rate(0.0) == pytest.approx(0.1)
+    learner.steps = 100
+    rates = [learner.learning_rate(done) for done in (0.0, 0.6, 0.8, 1.0)]
+    assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    assert Learner(small_policy(), LearnerConfig(lr=1.0)).learning_rate(1.0) == 1.0
