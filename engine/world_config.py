@@ -38,6 +38,9 @@ class WorldModelConfig:
     window: int = 12
     """Latent frames of history kept beside the sink."""
     trained_steps: int = 0
+    lowest_z: float | None = None
+    """Metres. A hand that its commands would put lower is pressed against the table: where it
+    really is, the integrated pose does not say, and a success from there on is not believed."""
 
     def __post_init__(self) -> None:
         for name, least in (("held_frames", 1), ("sink", 0), ("window", 1), ("trained_steps", 0)):

@@ -85,6 +85,8 @@ class WorldModelTraining:
     save_every: int = 100
     init: Path | None = None
     """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics."""
+    lowest_z: float | None = None
+    """Metres: below it the hand is against the table, see `WorldModelConfig.lowest_z`."""
     sample_every: int = 500
     """Steps between sample videos (samples/*.mp4: real | imagined, two held-out episodes); 0: none.
     """
@@ -418,6 +420,7 @@ def world_of(
         action_spec=data.action_spec,
         env_ids=(data.env_id,),
         trained_steps=step,
+        lowest_z=config.lowest_z,
     )
     if base is not None:
         new = replace(
@@ -428,6 +431,7 @@ def world_of(
             sink=base.sink,
             window=base.window,
             trained_steps=base.trained_steps + step,
+            lowest_z=base.lowest_z if config.lowest_z is None else config.lowest_z,
         )
     return WorldModel(new, model.dit, autoencoder, model.reward)
 
