@@ -40,7 +40,7 @@ from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
-from worldloop.files import atomic_write_text
+from worldloop.files import atomic_write_text, exclusive
 from worldloop.rl.advantage import group_advantages, mixed_groups
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
 from worldloop.rl.starts import load_starts
@@ -281,7 +281,15 @@ class Collected:
 
 
 def train(config: GRPOConfig) -> Path:
-    """Run all steps (those that are left); returns the folder of the last policy."""
+    """Run all steps (those that are left); returns the folder of the last policy.
+
+    Raises UserError when another process runs in the same folder.
+    """
+    with exclusive(config.out):
+        return _train(config)
+
+
+def _train(config: GRPOConfig) -> Path:
     torch.set_num_threads(config.threads)
     world = WorldModel.from_pretrained(config.world, device=config.device)
     policy = VLAPolicy.from_pretrained(

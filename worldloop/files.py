@@ -1,6 +1,7 @@
 """Writing files so that a killed process or a full disk leaves nothing half-written."""
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -83,3 +84,25 @@ def process_alive(number: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def exclusive(folder: PathLike) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the kernel lets go when a process dies.
+
+    Raises UserError when another one is in it.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - closed below, after the lock
+    except OSError as error:
+        raise disk_error(path, error) or error from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process is working in it; wait for it, or choose another folder"
+            ) from error
+        yield

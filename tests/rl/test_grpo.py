@@ -15,6 +15,7 @@ from worldloop.engine.policy.server import ServePolicyConfig, Server
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.rl import demo
 from worldloop.rl import grpo as module
 from worldloop.rl.advantage import group_advantages
@@ -279,3 +280,10 @@ def test_the_learning_rate_warms_up_and_cools_down(small_policy):
     rates = [learner.learning_rate(done) for done in (0.0, 0.6, 0.8, 1.0)]
     assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0])
     assert Learner(small_policy(), LearnerConfig(lr=1.0)).learning_rate(1.0) == 1.0
+
+
+def test_two_runs_do_not_share_a_folder(at_home):
+    config = config_of(at_home, steps=1)
+    with exclusive(config.out), pytest.raises(UserError, match="another process is working in it"):
+        train(config)
+    train(config)  # the lock is gone with its holder
