@@ -385,9 +385,15 @@ def test_published_files_that_do_not_fit_are_refused(small, tmp_path):
         load()
 
 
-def test_an_autoencoder_checkpoint_without_weights_is_named(small, tmp_path):
+def test_an_autoencoder_comes_from_its_own_checkpoint_or_a_world_model(small, tmp_path):
     world = small.world_of()
     world.save(tmp_path / "world")
-    with pytest.raises(UserError, match="kind is 'world_model', expected 'light_vae'"):
-        load_autoencoder(tmp_path / "world")
+    inside = load_autoencoder(tmp_path / "world")
+    for name, value in world.autoencoder.state_dict().items():
+        assert torch.equal(inside.state_dict()[name], value), name
+    (tmp_path / "other").mkdir()
+    text = (tmp_path / "world/config.json").read_text()
+    (tmp_path / "other/config.json").write_text(text.replace('"world_model"', '"policy"'))
+    with pytest.raises(UserError, match="kind is 'policy', expected 'light_vae'"):
+        load_autoencoder(tmp_path / "other")
     assert load_checkpoint(tmp_path / "world").parts.keys() == {"dit", "reward", "autoencoder"}
