@@ -33,7 +33,7 @@ class ReportConfig:
     episodes: int = 200
     """Start states of the first and the last policy."""
     curve_episodes: int = 100
-    """Start states of the policies between (the first ones of the same list)."""
+    """Start states of the curve, for every policy the first ones of the same list."""
     first_seed: int = 3_000_000
     horizon: int = 72
     processes: int = 2
@@ -81,11 +81,11 @@ def summarise(config: ReportConfig) -> dict[str, Any]:
             "gain_points": 100 * (after["success"] - before["success"]),
             "steps": int(policies[-1].name),
         })  # fmt: skip
-        curve = [[int(policies[0].name), before["success"]]]
-        for policy in policies[1:-1]:
-            result = true_success(config, policy, config.curve_episodes)
-            curve.append([int(policy.name), result["rate"]])
-        true.append([*curve, [int(policies[-1].name), after["success"]]])
+        between = [true_success(config, p, config.curve_episodes) for p in policies[1:-1]]
+        true.append([
+            [int(policy.name), float(np.mean(result["success"][: config.curve_episodes]))]
+            for policy, result in zip(policies, [ends[0], *between, ends[1]], strict=True)
+        ])  # fmt: skip
         imagined.append([[r["step"], r["imagined_success"]] for r in rows
                          if "imagined_success" in r])  # fmt: skip
         frames += sum(row.get("frames", 0) for row in rows)
@@ -100,6 +100,7 @@ def summarise(config: ReportConfig) -> dict[str, Any]:
     return {
         "task": config.env,
         "episodes": config.episodes,
+        "curve_episodes": config.curve_episodes,
         "first_seed": config.first_seed,
         "horizon": config.horizon,
         "seeds": seeds,
@@ -122,18 +123,16 @@ def draw(document: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.6), sharey=True)
-    titles = ("imagined (sampled, training starts)", "true simulator (greedy, unseen starts)")
+    count = document["curve_episodes"]
+    titles = (
+        "imagined (sampled, training starts)",
+        f"true (greedy, the same {count} unseen starts)",
+    )
     for panel, name, title in zip(axes, ("imagined_curve", "true_curve"), titles, strict=True):
         for facts, curve in zip(document["seeds"], document[name], strict=True):
             steps, rates = np.array(curve).T
-            line = panel.plot(steps, 100 * rates, marker="." if name == "true_curve" else None,
-                              label=f"seed {facts['seed']}", lw=1.4)[0]  # fmt: skip
-            if name == "true_curve":
-                low, high = np.array(facts["after"]["ci95"]) * 100
-                panel.errorbar(
-                    steps[-1], 100 * rates[-1], [[100 * rates[-1] - low], [high - 100 * rates[-1]]],
-                    color=line.get_color(), capsize=3,
-                )  # fmt: skip
+            panel.plot(steps, 100 * rates, marker="." if name == "true_curve" else None,
+                       label=f"seed {facts['seed']}", lw=1.4)  # fmt: skip
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("GRPO step")
         panel.grid(alpha=0.3)
