@@ -205,7 +205,7 @@ def improve(
     since = time.perf_counter()
     settings = replace(
         TINY, out=folder, policy=config.policy, groups=4, steps=config.grpo_steps,
-        evaluate_every=0, seed=config.seed,
+        evaluate_every=0, seed=config.seed, learner=replace(TINY.learner, warmup=0, cooldown=0.0),
     )  # fmt: skip
     policy = VLAPolicy.from_pretrained(config.policy, temperature=settings.temperature)
     grpo = GRPO(settings, world, policy, held_out.starts)

@@ -113,10 +113,13 @@ TINY = GRPOConfig(
     out=Path("runs/grpo-tiny"),
     groups=8,
     horizon=48,
+    temperature=0.7,  # at 1.6 a policy of 48 demonstrations succeeds in 5 % instead of 36 %
     world_steps=1,
-    steps=40,
+    steps=20,
     precision="bf16",
-    learner=LearnerConfig(lr=1e-4, mini_batch=32, micro_batch=16, old_logprobs="rollout"),
+    learner=LearnerConfig(
+        lr=2e-4, warmup=10, cooldown=0.4, mini_batch=32, epochs=2, old_logprobs="rollout"
+    ),
 )
 
 PRESETS: dict[str, tuple[str, GRPOConfig]] = {
