@@ -208,6 +208,7 @@ def serving(policy: VLAPolicy, port: int = 0):
     server = Server(local, ServePolicyConfig("test", port=port))
     thread = threading.Thread(target=server.run)
     thread.start()
+    server.thread = thread
     try:
         yield server
     finally:
@@ -246,6 +247,7 @@ def test_a_server_that_is_gone_ends_the_run_cleanly_and_nothing_is_lost(
             calls += 1
             if calls == 2:
                 server.stop()
+                server.thread.join(timeout=60)  # it answers what it has begun
             return imagine(self, *args, **kwargs)
 
         monkeypatch.setattr(GRPO, "imagine", dies)
