@@ -29,7 +29,7 @@ def version() -> str:
     text = (ROOT / "worldloop" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError("worldloop/__init__.py: no line __version__ = \"...\"")
+        raise RuntimeError('worldloop/__init__.py: no line __version__ = "..."')
     return match.group(1)
 
 

@@ -1,8 +1,8 @@
 """Lazy tables: a name stands for "module:Class" and is imported on first use::
 
-    BACKENDS = Table("backend", {"eager": "worldloop.engine.backends.eager:Eager"})
-    resolve(BACKENDS, "eager")              # imports and returns the class
-    resolve(BACKENDS, "my_pkg.trt:Fast")    # out of tree: no entry needed
+BACKENDS = Table("backend", {"eager": "worldloop.engine.backends.eager:Eager"})
+resolve(BACKENDS, "eager")              # imports and returns the class
+resolve(BACKENDS, "my_pkg.trt:Fast")    # out of tree: no entry needed
 """
 
 import importlib
