@@ -10,11 +10,6 @@ Shape letters: B rows, S tokens, D width.
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +18,12 @@ import numpy as np
 import torch
 import tyro
 
-from worldloop import __version__
-from worldloop.config import config_to_dict
+from worldloop.bench import timing
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vision import ViTConfig
 from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
 from worldloop.errors import UserError
-from worldloop.files import atomic_write_text
-from worldloop.track import git_commit
 from worldloop.types import ActionSpec
 
 INSTRUCTION = "push the blue cube onto the target"
@@ -53,9 +45,7 @@ class PolicyBench:
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        timing.positive(self, "batch", "repeats", "threads")
 
 
 def vit_flops(config: ViTConfig) -> int:
@@ -78,28 +68,6 @@ def policy_flops(config: OpenVLAConfig, prompt: int) -> int:
     return towers + projector + llama.depth * layer + head
 
 
-def seconds_of(run: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Wall-clock seconds of each repeat, the device idle before and after; two to warm up."""
-    times = []
-    for i in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        since = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i >= 2:
-            times.append(time.perf_counter() - since)
-    return times
-
-
-def gemm_ceiling(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """FLOP/s of a large square matrix product, the best of the repeats."""
-    side = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds_of(lambda: a @ b, repeats, device))
-
-
 def make_policy(name: str, device: torch.device, dtype: torch.dtype) -> VLAPolicy:
     """Random weights of the real shapes, made on the device."""
     spec = ActionSpec(chunk=8 if name == "7b" else 24)
@@ -116,11 +84,10 @@ def make_policy(name: str, device: torch.device, dtype: torch.dtype) -> VLAPolic
 def bench(config: PolicyBench) -> dict[str, Any]:
     """Measure; the document that is written."""
     torch.set_num_threads(config.threads)
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    device = timing.device_of(config.device)
     preset = config.preset or ("7b" if device.type == "cuda" else "tiny")
     batch = config.batch or (32 if preset == "7b" else 16)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = timing.dtype_of(None, device)
     policy = make_policy(preset, device, dtype)
     size = policy.network_config.image_size
     rng = np.random.default_rng(0)
@@ -134,44 +101,42 @@ def bench(config: PolicyBench) -> dict[str, Any]:
         raise UserError(f"batched logits differ from single ones by {error:.2e}; no speed for that")
 
     pictures = policy.pictures(frames)
-    ceiling = gemm_ceiling(dtype, device, 5)
-    times = sorted(seconds_of(lambda: policy.forward(pictures, texts), config.repeats, device))
-    whole = sorted(seconds_of(lambda: policy.logits(frames, texts), config.repeats, device))
+    ceilings = timing.Ceilings(dtype, device).measure()
+    repeats = config.repeats
+    runs = {
+        "network": lambda: policy.forward(pictures, texts),
+        "whole": lambda: policy.logits(frames, texts),
+    }
+    for run in runs.values():
+        run()
+    found = timing.interleaved(runs, repeats, device)
+    times, whole = found["network"], found["whole"]
+    memory = timing.peak_memory(lambda: policy.logits(frames, texts), device)
     prompt = policy.prompts([INSTRUCTION])[0].shape[1]
     flops = policy_flops(policy.network_config, prompt)
-    median = statistics.median(times)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "bench": "policy",
+    ceiling = ceilings.measure().gemm
+    values = {
         "preset": preset,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": timing.dtype_name(dtype),
         "parity_relative_l2": error,
-        "ms_per_observation": 1000 * median / batch,
-        "ms_per_observation_p95": 1000 * times[int(0.95 * (len(times) - 1))] / batch,
-        "ms_per_observation_with_image_chain": 1000 * statistics.median(whole) / batch,
+        "ms_per_observation": 1000 * times.p50 / batch,
+        "ms_per_observation_p95": 1000 * times.p95 / batch,
+        "ms_per_observation_with_image_chain": 1000 * whole.p50 / batch,
         "gflop_per_observation": flops / 1e9,
-        "tflops": flops * batch / median / 1e12,
+        "tflops": flops * batch / times.p50 / 1e12,
         "gemm_ceiling_tflops": ceiling / 1e12,
-        "share_of_gemm_ceiling": flops * batch / median / ceiling,
-        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if gpu else None,
-        "machine": {"gpu": gpu, "cpu": platform.processor() or platform.machine(),
-                    "threads": config.threads},
-        "versions": {"worldloop": __version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
-        "commit": git_commit(),
-        "config": config_to_dict(config),
-    }  # fmt: skip
+        "share_of_gemm_ceiling": flops * batch / times.p50 / ceiling,
+        "peak_memory_gib": memory.get("peak_gib"),
+    }
+    return timing.document("policy", config, device, config.threads, values)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     config = tyro.cli(PolicyBench, args=argv, prog="worldloop bench policy")
     found = bench(config)
-    path = (
-        config.out / f"policy-{found['preset']}-{'gpu' if found['machine']['gpu'] else 'cpu'}.json"
-    )
-    atomic_write_text(path, json.dumps(found, indent=2) + "\n")
+    path = timing.write(config.out, f"policy-{found['preset']}", found)
     print(
         f"policy {found['preset']}, batch {found['batch']}, {found['dtype']}: "
         f"{found['ms_per_observation']:.2f} ms an observation, {found['tflops']:.3g} TFLOP/s = "
