@@ -81,6 +81,8 @@ setup(
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "msgpack>=1.0", "prometheus-client>=0.20"],
         "gpu": ["triton>=3.6,<3.8"],
         "hub": ["huggingface_hub>=0.25"],
+        # The TensorRT back end: the exporter, and NVIDIA's library (CUDA machines only).
+        "tensorrt": ["onnx>=1.20", "onnxscript>=0.6", "tensorrt>=10.8"],
         "dev": [
             "setuptools>=77",
             "wheel",
@@ -95,6 +97,9 @@ setup(
             "diffusers>=0.42,<0.43",  # outside reference in tests only
             "transformers>=5.16,<5.20",
             "accelerate>=1.10",
+            "onnx>=1.20",  # exports of the TensorRT back end, checked on a CPU
+            "onnxscript>=0.6",
+            "onnxruntime>=1.22",
         ],
     },
     zip_safe=False,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldloop.engine.attention import attend
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.rope import apply_rope
 
@@ -110,22 +111,13 @@ class ActionMLP(nn.Module):
         return out
 
 
-def attend(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, [B,h,N,K]."""
-    if q_BhNK.device.type == "cpu" and q_BhNK.dtype == torch.bfloat16:
-        # torch's CPU flash attention leaves the bf16 matrix units idle: forward and backward of
-        # 384 queries on 832 keys took 55 ms of one core there, 24 ms as two plain products.
-        scores = torch.matmul(q_BhNK * q_BhNK.shape[-1] ** -0.5, k_BhMK.transpose(-1, -2))
-        return torch.matmul(torch.softmax(scores, dim=-1), v_BhMK)
-    return F.scaled_dot_product_attention(q_BhNK, k_BhMK, v_BhMK)
-
-
 class Attention(nn.Module):
     """Multi-head attention with per-head RMSNorm on queries and keys."""
 
     def __init__(self, width: int, heads: int, source_dim: int) -> None:
         super().__init__()
         self.heads = heads
+        self.implementation = "auto"  # one of attention.NAMES; set by backends.set_attention
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(source_dim, width, bias=False)
         self.v_proj = nn.Linear(source_dim, width, bias=False)
@@ -147,7 +139,8 @@ class Attention(nn.Module):
         seen_k, seen_v = k, v
         if history is not None:
             seen_k, seen_v = torch.cat([history[0], k], dim=1), torch.cat([history[1], v], dim=1)
-        out = attend(q.transpose(1, 2), seen_k.transpose(1, 2), seen_v.transpose(1, 2))
+        q, seen_k, seen_v = q.transpose(1, 2), seen_k.transpose(1, 2), seen_v.transpose(1, 2)
+        out = attend(q, seen_k, seen_v, self.implementation)
         projected: Tensor = self.output_proj(out.transpose(1, 2).flatten(2))
         return projected, (k, v)
 

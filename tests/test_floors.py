@@ -27,8 +27,14 @@ BELOW = {
 }
 # Heavy or optional libraries, and the one file that may import each.
 ONLY_IN = {
-    "vllm": {"engine/policy/vllm_plugin.py"},
+    "vllm": {"engine/policy/vllm_plugin.py", "engine/attention.py"},  # it carries FlashAttention
+    "flash_attn": {"engine/attention.py"},
+    "flash_attn_interface": {"engine/attention.py"},
+    "xformers": {"engine/attention.py"},
     "tensorrt": {"engine/backends/tensorrt.py"},
+    "torch_tensorrt": set[str](),
+    "onnx": set[str](),
+    "onnxruntime": set[str](),
     "mani_skill": {"rl/envs/maniskill.py"},
     "sapien": {"rl/envs/maniskill.py"},
     "libero": {"rl/envs/libero.py"},

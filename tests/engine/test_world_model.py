@@ -43,7 +43,7 @@ def masked_pass(world, monkeypatch, x: Tensor, t: Tensor, poses: Tensor, mask: T
     tokens = (x.shape[3] // 2) * (x.shape[4] // 2)
     expanded = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, implementation: str) -> Tensor:
         scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
         return scores.masked_fill(~expanded, -torch.inf).softmax(-1) @ v
 
