@@ -190,13 +190,19 @@ def attempt(
 
 
 def policy_episode(
-    env: ManiSkillEnv, policy: Policy, seed: int, horizon: int, record: dict[str, Any]
-) -> Episode:
+    env: ManiSkillEnv, policy: Policy, seed: int, horizon: int, record: dict[str, Any],
+    sim_seed: int | None = None,
+) -> Episode:  # fmt: skip
     """One episode by a policy, whatever its outcome: the paper's second way (section 3.1).
 
     It goes on to the horizon after a success; ``success`` is the flag over the last two steps.
+    sim_seed: begin exactly as the episode whose ``info["sim_seed"]`` this is; without it, where
+    ``seed`` leads to (`reset_in_view`).
     """
-    sim_seed = reset_in_view(env, own_sequence(seed), solvable=True)
+    if sim_seed is None:
+        sim_seed = reset_in_view(env, own_sequence(seed), solvable=True)
+    else:
+        env.reset(sim_seed)
     frames, states, objects = [env.render()], [env.state()], [env.objects()]
     actions: list[npt.NDArray[np.float32]] = []
     reward: list[float] = []

@@ -168,6 +168,8 @@ class EvaluateConfig:
     out: Path = Path("runs/evaluation.json")
     horizon: int = 72
     """Control steps after which an episode has failed."""
+    image_size: int = 128
+    """Of the simulator's pictures, as the policy knows them."""
     held_frames: int = 2
     """Consecutive control steps that the simulator's success flag must hold."""
     world: str = "tiny"
@@ -225,6 +227,7 @@ def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
         config.env,
         min(rows, config.rows or 1),
         horizon=config.horizon,
+        image_size=config.image_size,
         held_frames=config.held_frames,
     )
 

@@ -42,6 +42,7 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
 from worldloop.rl.advantage import group_advantages, mixed_groups
+from worldloop.rl.alarm import Alarm, AlarmConfig, last_trusted, stopped
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
 from worldloop.rl.starts import load_starts
 from worldloop.rollout_io import load_rollout, save_rollout
@@ -81,6 +82,8 @@ class GRPOConfig:
     rounds: int = 8
     """Most refill rounds a step; what is there by then is trained on."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    """Replays imagined episodes in truth every few steps, and stops a run that fools itself."""
     seed: int = 0
     max_batch: int = 64
     """Most episodes imagined at once."""
@@ -286,7 +289,8 @@ class Collected:
 def train(config: GRPOConfig) -> Path:
     """Run all steps (those that are left); returns the folder of the last policy.
 
-    Raises UserError when another process runs in the same folder.
+    Where the alarm stopped the run, that is the last policy at which it was silent. Raises
+    UserError when another process runs in the same folder.
     """
     with exclusive(config.out):
         return _train(config)
@@ -302,13 +306,19 @@ def _train(config: GRPOConfig) -> Path:
     grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)
     grpo.send_weights()
+    alarm = make_alarm(config, grpo)
     run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
     if step == 0:
         keep(config, policy, 0)
+        first = {}
         if grpo.held_out is not None:
-            run.log(0, {"held_out_success": grpo.evaluate(config.out / "samples/000000")})
+            first["held_out_success"] = grpo.evaluate(config.out / "samples/000000")
+        if alarm is not None:
+            first |= alarm.check(0).row
+        if first:
+            run.log(0, first)
     with run.progress(config.steps, "grpo", unit="step", initial=step) as progress:
-        while step < config.steps:
+        while step < config.steps and stopped(config.out / "alarm", config.alarm, step) is None:
             rounds = config.out / "rollouts" / f"{step:06d}"
             metrics = grpo.step(step, rounds)
             step += 1
@@ -316,8 +326,11 @@ def _train(config: GRPOConfig) -> Path:
             if config.evaluate_every and (step % config.evaluate_every == 0 or last):
                 video = config.out / "samples" / f"{step:06d}"
                 metrics["held_out_success"] = grpo.evaluate(video)
-            if step % config.keep_every == 0 or last:
+            watched = alarm is not None and alarm.due(step)
+            if step % config.keep_every == 0 or last or watched:
                 keep(config, policy, step)
+            if alarm is not None and watched:
+                metrics |= alarm.check(step).row
             run.log(step, metrics)
             save_training_state(config.out / "state", grpo.learner.state(), {"step": step}, keep=1)
             # Only now: until the state is there, the step may have to be taken again.
@@ -327,8 +340,28 @@ def _train(config: GRPOConfig) -> Path:
                 clip=metrics["clip_fraction"],
             )  # fmt: skip
     run.close()
-    atomic_write_text(config.out / "done.json", json.dumps({"steps": step}) + "\n")
+    alert = stopped(config.out / "alarm", config.alarm, step)
+    if alert is not None:
+        low, high = alert.ci95
+        print(
+            f"alarm at step {alert.step}: {alert.false_share:.0%} of the imagined successes are "
+            f"none in truth (95 % interval {low:.0%} .. {high:.0%}); RL stopped, see {alert.folder}"
+        )
+        step = last_trusted(config.out / "alarm", config.alarm)
+    done = {"steps": step, "alarm": None if alert is None else alert.step}
+    atomic_write_text(config.out / "done.json", json.dumps(done) + "\n")
     return config.out / "policies" / f"{step:06d}"
+
+
+def make_alarm(config: GRPOConfig, grpo: GRPO) -> Alarm | None:
+    """The alarm of a run, where it is to look at all."""
+    if not config.alarm.every:
+        return None
+    return Alarm(
+        config.alarm, grpo.engine.world, grpo.actor, config.out / "alarm", starts=grpo.starts,
+        dataset=config.starts, horizon=config.horizon, world_steps=config.world_steps,
+        seed=config.seed, precision=grpo.precision,
+    )  # fmt: skip
 
 
 def make_actor(config: GRPOConfig) -> TokenPolicy | None:

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TypeVar, cast
 
 from worldloop import __version__
+from worldloop.config import config_from_dict, read_json
 from worldloop.errors import UserError
 from worldloop.registry import load
 
@@ -80,10 +81,15 @@ def parse_config(
 ) -> T:
     """Parse `argv` with tyro into a config dataclass, or into one of its named presets.
 
-    A preset table is {name: (description, config)}; the name is then the first argument.
+    A preset table is {name: (description, config)}; the name is then the first argument. In place
+    of all options, `--config FILE` takes a config.json, as a run's folder keeps it.
     """
     import tyro
 
+    if len(argv) == 2 and argv[0] == "--config":
+        some = next(iter(presets.values()))[1] if isinstance(presets, Mapping) else None
+        kind = cast(type[T], presets) if some is None else type(some)
+        return config_from_dict(kind, read_json(argv[1]), argv[1])
     if isinstance(presets, Mapping):
         table = {name: (text, config) for name, (text, config) in presets.items()}
         return tyro.extras.overridable_config_cli(table, prog=prog, args=list(argv))

@@ -1,0 +1,188 @@
+"""Where an episode ends as it really ends: a simulator, or (without one) a second world model.
+
+The functions at the end are what child processes serve (`worldloop.rl.children`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from worldloop.engine.policy.base import Policy, ReplayPolicy
+from worldloop.engine.policy.vla import VLAPolicy
+from worldloop.engine.rollout import RolloutEngine
+from worldloop.engine.sampler import derive_seed
+from worldloop.engine.world_model import WorldModel
+from worldloop.episodes import DatasetMeta
+from worldloop.errors import UserError
+from worldloop.rl.collect import policy_episode
+from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.rl.evaluate import WORLD, EvaluateConfig, Evaluation, _run
+from worldloop.rl.starts import load_starts
+from worldloop.types import ActionSpec, Episode
+
+
+@dataclass(frozen=True)
+class TrueEnv:
+    """The environment that decides what is true."""
+
+    env: str
+    """ManiSkill task, or `world`: a second world model stands for the truth (tests)."""
+    horizon: int = 72
+    image_size: int = 128
+    held_frames: int = 2
+    """Consecutive control steps that the simulator's success flag must hold."""
+    world: str = ""
+    """Checkpoint folder of `world`."""
+    starts: Path | None = None
+    """Dataset whose first frames episodes of `world` begin from; a seed counts through them."""
+    steps: int = 1
+    """Denoising steps of `world`."""
+
+    def __post_init__(self) -> None:
+        if self.env == WORLD:
+            if not self.world:
+                raise UserError("world: env is `world`; name the checkpoint that is the truth")
+            return
+        try:
+            task_preset(self.env)
+        except ValueError as error:
+            raise UserError(f"env: {error}; or `{WORLD}`") from error
+
+    def evaluation(self, policy: str, first_seed: int, seed: int) -> EvaluateConfig:
+        """`worldloop evaluate policy` here, greedy."""
+        return EvaluateConfig(
+            policy=policy, env=self.env, first_seed=first_seed, seed=seed, horizon=self.horizon,
+            image_size=self.image_size, held_frames=self.held_frames, threads=1,
+            world=self.world or "tiny", starts=self.starts, steps=self.steps, rows=1,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class Recorder(Protocol):
+    """Plays and records whole episodes."""
+
+    @property
+    def meta(self) -> DatasetMeta: ...
+
+    def play(
+        self, policy: Policy, seed: int, sim_seed: int | None, record: dict[str, Any]
+    ) -> Episode: ...
+
+
+class SimulatorRecorder:
+    """Episodes of a ManiSkill task."""
+
+    def __init__(self, true: TrueEnv) -> None:
+        self.true = true
+        self.env = ManiSkillEnv(true.env, true.image_size)
+
+    @property
+    def meta(self) -> DatasetMeta:
+        true = self.true
+        return DatasetMeta(
+            ActionSpec(), true.env, asdict(self.env.camera), true.horizon, true.image_size
+        )
+
+    def play(
+        self, policy: Policy, seed: int, sim_seed: int | None, record: dict[str, Any]
+    ) -> Episode:
+        return policy_episode(self.env, policy, seed, self.true.horizon, record, sim_seed)
+
+
+class WorldRecorder:
+    """Episodes that a world model imagines; the reward's threshold says what succeeds."""
+
+    def __init__(self, true: TrueEnv) -> None:
+        self.true = true
+        self.world = WorldModel.from_pretrained(true.world)
+        self.starts = load_starts(true.starts, self.world)
+
+    @property
+    def meta(self) -> DatasetMeta:
+        return DatasetMeta(
+            self.world.action_spec, WORLD, {"name": WORLD}, self.true.horizon,
+            self.world.config.picture[0],
+        )  # fmt: skip
+
+    def play(
+        self, policy: Policy, seed: int, sim_seed: int | None, record: dict[str, Any]
+    ) -> Episode:
+        begin = seed if sim_seed is None else sim_seed
+        spec, world = self.world.action_spec, self.world
+        engine = RolloutEngine(world, policy, steps=self.true.steps)
+        start = self.starts.select([begin % len(self.starts.instructions)])
+        rollout = engine.rollout(
+            start, horizon=self.true.horizon, seed=derive_seed(begin), decode="all"
+        )
+        assert rollout.frames is not None
+        poses = spec.to_absolute(rollout.actions, start.poses)[0]
+        reward = (rollout.reward[0] > world.reward_threshold).astype(np.float32)
+        return Episode(
+            frames=rollout.frames[0, :, 0],
+            actions=rollout.actions[0],
+            states=np.concatenate([start.poses, poses]),
+            reward=reward,
+            instruction=start.instructions[0],
+            env_id=WORLD,
+            seed=seed,
+            success=bool(reward[-1]),
+            info={"sim_seed": begin, **record},
+        )
+
+
+# ---------------------------------------------------------------- in a child process
+
+
+@lru_cache(maxsize=1)
+def recorder(true: TrueEnv) -> Recorder:
+    """The environment of this process: begun once."""
+    return WorldRecorder(true) if true.env == WORLD else SimulatorRecorder(true)
+
+
+@lru_cache(maxsize=1)
+def _policy(name: str, temperature: float) -> VLAPolicy:
+    return VLAPolicy.from_pretrained(name, temperature=temperature)
+
+
+def record_policy(
+    true: TrueEnv, policy: str, temperature: float, record: dict[str, Any], seed: int
+) -> tuple[Episode, DatasetMeta]:
+    """One episode of a policy."""
+    here = recorder(true)
+    acting = _policy(policy, temperature)
+    here.meta.action_spec.require_same(acting.action_spec, true.env, policy)
+    if true.horizon % acting.action_spec.chunk:
+        raise UserError(
+            f"horizon is {true.horizon}; expected a multiple of the policy's chunk, "
+            f"{acting.action_spec.chunk}"
+        )
+    return here.play(acting, seed, None, record), here.meta
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recorded or imagined actions, to be carried out again in truth."""
+
+    seed: int  # of the episode that comes of it
+    sim_seed: int
+    actions: npt.NDArray[np.float32]  # [T,A]
+    spec: ActionSpec
+    record: dict[str, Any]
+
+
+def record_replay(true: TrueEnv, replay: Replay) -> tuple[Episode, DatasetMeta]:
+    """One episode of given actions from a given start."""
+    here = recorder(true)
+    here.meta.action_spec.require_same(replay.spec, true.env, "the imagined actions")
+    policy = ReplayPolicy(replay.actions[None], replay.spec)
+    return here.play(policy, replay.seed, replay.sim_seed, replay.record), here.meta
+
+
+def measure(config: EvaluateConfig, number: int) -> Evaluation:
+    """Episode ``number`` of an evaluation."""
+    return _run(config, [number], 1, 1)
