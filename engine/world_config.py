@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from worldloop.engine import dit_config
+from worldloop.engine.arm import ArmConfig
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.light_vae import LightVAEConfig
 from worldloop.engine.reward import RewardConfig
@@ -38,6 +39,8 @@ class WorldModelConfig:
     window: int = 12
     """Latent frames of history kept beside the sink."""
     trained_steps: int = 0
+    arm: ArmConfig | None = None
+    """How commands become poses; None: the linear fit of the action spec."""
     lowest_z: float | None = None
     """Metres. A hand that its commands would put lower is pressed against the table: where it
     really is, the integrated pose does not say, and a success from there on is not believed."""
@@ -73,6 +76,8 @@ class WorldModelConfig:
         for name, value, other, expected in must_equal:
             if value != expected:
                 raise UserError(f"{name} is {value}; {other} is {expected}: they must agree")
+        if self.arm is not None and spec.kind != "delta_pose":
+            raise UserError(f"arm is given, but action_spec.kind is {spec.kind!r}; pass None")
         if spec.chunk % dit.actions_per_frame:
             raise UserError(
                 f"action_spec.chunk is {spec.chunk}; must be a multiple of {dit.actions_per_frame}"

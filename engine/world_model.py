@@ -34,6 +34,7 @@ from worldloop.checkpoint import (
     save_checkpoint,
 )
 from worldloop.config import config_from_dict, config_to_dict, read_json
+from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.kv_cache import KVRing
 from worldloop.engine.light_vae import LightVAE, LightVAEConfig
@@ -76,7 +77,7 @@ class Timer:
 
 
 class WorldModel(nn.Module):
-    """DiT, autoencoder and reward head behind ``start`` and ``step``."""
+    """DiT, autoencoder, reward head and arm behind ``start`` and ``step``."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class WorldModel(nn.Module):
         dit: DiT | None = None,
         autoencoder: LightVAE | WanVAE | None = None,
         reward: RewardHead | None = None,
+        arm: Arm | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -92,6 +94,7 @@ class WorldModel(nn.Module):
             autoencoder if autoencoder is not None else build_autoencoder(config.autoencoder)
         )
         self.reward = reward if reward is not None else RewardHead(config.reward)
+        self.arm = arm if arm is not None or config.arm is None else Arm(config.arm)
 
     # ------------------------------------------------------------ facts
 
@@ -116,6 +119,17 @@ class WorldModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
+
+    @property
+    def lag(self) -> int:
+        """How many past actions the next pose depends on."""
+        return self.action_spec.lag if self.arm is None else self.arm.config.past - 1
+
+    def poses(self, actions_BTA: Float, start_BA: Float, past_BTA: Float | None = None) -> Float:
+        """Absolute poses [B,T,A] after each action; past_BTA: the `lag` actions before them."""
+        if self.arm is None:
+            return self.action_spec.to_absolute(actions_BTA, start_BA, past_BTA)
+        return self.arm.poses(actions_BTA, start_BA, past_BTA)
 
     # ------------------------------------------------------------ generation
 
@@ -220,7 +234,7 @@ class WorldModel(nn.Module):
         if steps != "reference" and steps not in STREAMING_TIMES:
             known = ", ".join(map(str, STREAMING_TIMES))
             raise UserError(f"steps is {steps!r}; expected {known} or 'reference'")
-        poses = spec.to_absolute(actions, state.poses, state.past_actions)
+        poses = self.poses(actions, state.poses, state.past_actions)
         if steps == "reference":
             latents, frames, last = self._reference(state, poses, decode, timer)
             ring, decoder = state.ring, state.decoder
@@ -245,7 +259,7 @@ class WorldModel(nn.Module):
             decoder=decoder,
             last_latent=last,
             poses=poses[:, -1],
-            past_actions=past[:, max(0, past.shape[1] - spec.lag) :],
+            past_actions=past[:, max(0, past.shape[1] - self.lag) :],
             high=high,
             done=done,
             lost=lost[:, -1],
@@ -361,7 +375,7 @@ class WorldModel(nn.Module):
     # ------------------------------------------------------------ checkpoints
 
     def save(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
-        """Write one checkpoint folder: dit, reward and autoencoder weights and config.json.
+        """Write one checkpoint folder: dit, reward, autoencoder and arm weights and config.json.
 
         ``dtype`` stores the weights so (float16 halves a shipped file); loading casts them back.
         """
@@ -372,6 +386,8 @@ class WorldModel(nn.Module):
         }
         if dtype is not None:
             parts = {part: {k: t.to(dtype) for k, t in s.items()} for part, s in parts.items()}
+        if self.arm is not None:  # always whole: rounding would add up over an episode
+            parts["arm"] = self.arm.state_dict()
         return save_checkpoint(folder, parts, config_to_dict(self.config), kind="world_model")
 
     @classmethod
@@ -388,7 +404,8 @@ class WorldModel(nn.Module):
         config = config_from_dict(WorldModelConfig, checkpoint.config, where)
         with torch.device("meta"):  # the weights take their places without a random start
             world = cls(config)
-        for part in ("dit", "reward", "autoencoder"):
+        arm = () if config.arm is None else ("arm",)
+        for part in ("dit", "reward", "autoencoder", *arm):
             if part not in checkpoint.parts:
                 raise UserError(f"{where}: has no {part!r} weights; it is not a whole world model")
             # Copies: a loaded tensor is a map of the file, unaligned, and lost if that is cut.

@@ -43,7 +43,7 @@ class WorldState:
     last_latent: Tensor  # [B,C,1,h,w] fp32
     seeds: tuple[int, ...]  # noise seed of each row
     poses: npt.NDArray[np.float32]  # [B,A] pose after the last action
-    past_actions: Actions  # [B,<=lag,A] the commands a lagging controller still carries out
+    past_actions: Actions  # [B,<=lag,A] the commands that the next pose depends on, too
     high: npt.NDArray[np.int64]  # [B] consecutive frames above the reward threshold at the end
     done: npt.NDArray[np.bool_]  # [B] a success was held
     lost: npt.NDArray[np.bool_]  # [B] the hand has been below ``lowest_z``: believe no success

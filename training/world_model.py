@@ -21,8 +21,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from worldloop.checkpoint import file_sha256, load_checkpoint, load_into
-from worldloop.config import config_from_dict, read_json
+from worldloop.checkpoint import file_sha256, load_checkpoint, load_into, save_checkpoint
+from worldloop.config import config_from_dict, config_to_dict, read_json
+from worldloop.engine.arm import Arm, ArmConfig
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS, DiTConfig
 from worldloop.engine.reward import RewardConfig, RewardHead
@@ -30,6 +31,7 @@ from worldloop.engine.sampler import add_noise, to_x0
 from worldloop.engine.world_model import WorldModel, WorldModelConfig, load_autoencoder
 from worldloop.errors import UserError
 from worldloop.track import Run
+from worldloop.training.arm import fit_arm, position_error
 from worldloop.training.common import (
     EMA,
     Clock,
@@ -87,6 +89,9 @@ class WorldModelTraining:
     """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics."""
     lowest_z: float | None = None
     """Metres: below it the hand is against the table, see `WorldModelConfig.lowest_z`."""
+    arm_steps: int = 4000
+    """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
+    that of `init`, or the linear fit of the action spec."""
     sample_every: int = 500
     """Steps between sample videos (samples/*.mp4: real | imagined, two held-out episodes); 0: none.
     """
@@ -97,8 +102,9 @@ class WorldModelTraining:
         for name in ("steps", "batch", "threads", "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
-        if self.sample_every < 0:
-            raise UserError(f"sample_every is {self.sample_every}; must be at least 0")
+        for name in ("sample_every", "arm_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. 1")
@@ -153,11 +159,16 @@ class Batches:
     """The batch of (seed, step, rank): independent of how often the run was interrupted."""
 
     def __init__(
-        self, data: EpisodeArrays, latents: npt.NDArray[np.float16], config: WorldModelTraining
+        self,
+        data: EpisodeArrays,
+        latents: npt.NDArray[np.float16],
+        config: WorldModelTraining,
+        arm: Arm | None = None,
     ) -> None:
         self.data, self.latents, self.config = data, latents, config
         spec = data.action_spec
-        poses = spec.to_absolute(data.actions, data.states[:, 0])
+        to_poses = spec.to_absolute if arm is None else arm.poses
+        poses = to_poses(data.actions, data.states[:, 0])
         self.poses = ((poses - np.array(spec.pose_mean)) / np.array(spec.pose_std)).astype(
             np.float32
         )
@@ -303,7 +314,8 @@ def train(config: WorldModelTraining) -> Path:
             pose_std=base.action_spec.pose_std,
         )
         data = replace(data, action_spec=spec)
-    batches = Batches(data, latents, config)
+    arm = arm_of(config, data, base, start, workers)
+    batches = Batches(data, latents, config, arm)
     sizes = dit_sizes(config, data, latents.shape[2:], base)
     reward = RewardConfig(latent_channels=latents.shape[2], grid=latents.shape[3:5])
     model = Trainee(DiT(sizes), RewardHead(reward)).to(device)
@@ -346,7 +358,7 @@ def train(config: WorldModelTraining) -> Path:
                             torch.manual_seed(1)
                             pure = replace(config, pure_noise=1.0)
                             check = training_loss(model, held, pure, chunk, True)
-                        world_of(model, data, config, step, base).save(config.out / "model")
+                        world_of(model, data, config, step, base, arm).save(config.out / "model")
                     row |= {f"held_out_{k}": float(v) for k, v in check.items()}
                     run.log(step, row | {"lr": rate, "episodes_per_second": episodes / seconds})
                     # Last: a run killed before this line does these steps and their row again.
@@ -359,7 +371,7 @@ def train(config: WorldModelTraining) -> Path:
                 workers.barrier()
             if config.sample_every and step % config.sample_every == 0 and workers.rank == 0:
                 with ema.applied(model):
-                    world = world_of(model, data, config, step, base)
+                    world = world_of(model, data, config, step, base, arm)
                     shown = range(len(data) - min(2, config.held_out), len(data))
                     path = config.out / "samples" / f"{step:06d}.mp4"
                     write_sample_video(world.to(device), data, shown, path)
@@ -371,10 +383,11 @@ def train(config: WorldModelTraining) -> Path:
 def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tensor]]]:
     """Configuration and weights of the world model to start from; raises UserError naming it."""
     checkpoint = load_checkpoint(folder, kind="world_model")
-    for part in ("dit", "reward"):
+    config = config_from_dict(WorldModelConfig, checkpoint.config, str(folder))
+    for part in ("dit", "reward", *(() if config.arm is None else ("arm",))):
         if part not in checkpoint.parts:
             raise UserError(f"{folder}: has no {part!r} weights; it is not a whole world model")
-    return config_from_dict(WorldModelConfig, checkpoint.config, str(folder)), checkpoint.parts
+    return config, checkpoint.parts
 
 
 def dit_sizes(
@@ -410,6 +423,7 @@ def world_of(
     config: WorldModelTraining,
     step: int,
     base: WorldModelConfig | None = None,
+    arm: Arm | None = None,
 ) -> WorldModel:
     """The whole world model: the trained parts (shared, not copied) and their autoencoder."""
     autoencoder = load_autoencoder(config.autoencoder)
@@ -433,7 +447,41 @@ def world_of(
             trained_steps=base.trained_steps + step,
             lowest_z=base.lowest_z if config.lowest_z is None else config.lowest_z,
         )
-    return WorldModel(new, model.dit, autoencoder, model.reward)
+    new = replace(new, arm=None if arm is None else arm.config)
+    return WorldModel(new, model.dit, autoencoder, model.reward, arm)
+
+
+def arm_of(
+    config: WorldModelTraining,
+    data: EpisodeArrays,
+    base: WorldModelConfig | None,
+    start: dict[str, dict[str, Tensor]] | None,
+    workers: Workers,
+) -> Arm | None:
+    """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None."""
+    spec, folder = data.action_spec, config.out / "arm"
+    if spec.kind != "delta_pose" or (config.arm_steps == 0 and (base is None or base.arm is None)):
+        return None
+    if config.arm_steps == 0:
+        assert base is not None and base.arm is not None and start is not None
+        arm = Arm(base.arm)
+        load_into(arm, start["arm"], f"{config.init} (arm)")
+        return arm
+    if workers.rank == 0 and not (folder / "config.json").is_file():
+        trained = len(data) - config.held_out
+        arm = fit_arm(data, trained, config.arm_steps, config.seed)
+        actions, states = data.actions[trained:], data.states[trained:]
+        linear, fitted = (
+            1000 * position_error(poses(actions, states[:, 0]), states)
+            for poses in (spec.to_absolute, arm.poses)
+        )
+        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, fitted {fitted:.1f} mm")
+        save_checkpoint(folder, {"arm": arm.state_dict()}, config_to_dict(arm.config), kind="arm")
+    workers.barrier()
+    checkpoint = load_checkpoint(folder, kind="arm")
+    arm = Arm(config_from_dict(ArmConfig, checkpoint.config, str(folder)))
+    load_into(arm, checkpoint.parts["arm"], str(folder))
+    return arm.eval()
 
 
 def main(argv: list[str]) -> int:

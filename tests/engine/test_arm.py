@@ -1,0 +1,80 @@
+"""Commands to poses: the linear sum as a special case, histories, precision, checkpoints."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from worldloop.engine.arm import Arm, ArmConfig
+from worldloop.engine.world_model import WorldModel
+from worldloop.errors import UserError
+
+
+def arm_of(small, correcting: bool) -> Arm:
+    """The linear fit of the tests' action spec, with random corrections or none."""
+    torch.manual_seed(0)
+    arm = Arm(ArmConfig(past=3, width=16))
+    fit = small.SPEC.controller
+    taps = [fit.position_taps] * 3 + [fit.rotation_taps] * 3
+    arm.linear.data.copy_(torch.tensor(taps).T)
+    if correcting:
+        small.randomise(arm.fc3)
+    return arm.eval()
+
+
+def test_without_corrections_it_is_the_linear_sum(small):
+    actions, start = small.actions_of(3, 20), small.poses_of(3)
+    made = arm_of(small, correcting=False).poses(actions, start)
+    np.testing.assert_allclose(made, small.SPEC.to_absolute(actions, start), atol=1e-6)
+
+
+def test_chunk_after_chunk_is_the_whole_episode(small):
+    arm, actions, start = arm_of(small, True), small.actions_of(2, 24), small.poses_of(2)
+    whole = arm.poses(actions, start)
+    assert np.abs(whole - small.SPEC.to_absolute(actions, start)).max() > 1e-3
+    first = arm.poses(actions[:, :8], start)
+    second = arm.poses(actions[:, 8:], first[:, -1], actions[:, 6:8])
+    np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-6)
+    # What lies further back than it reads is of no account.
+    longer = arm.poses(actions[:, 8:], first[:, -1], actions[:, :8])
+    np.testing.assert_array_equal(longer, second)
+    assert np.abs(arm.poses(actions[:, 8:], first[:, -1]) - second).max() > 1e-3
+
+
+def world_with_arm(small) -> WorldModel:
+    world = small.world_of(arm=ArmConfig(past=3, width=16))
+    world.arm.load_state_dict(arm_of(small, True).state_dict())
+    return world
+
+
+def test_the_world_model_is_told_the_corrected_poses(small, monkeypatch):
+    world = world_with_arm(small)
+    actions, start = small.actions_of(2, 16), small.poses_of(2)
+    whole = world.arm.poses(actions, start)
+    _, _, state = small.generate(world, small.frames_of(2), start, actions, [1, 2])
+    np.testing.assert_allclose(state.poses, whole[:, -1], atol=1e-6)
+    assert state.past_actions.shape[1] == world.lag == 2
+
+
+def test_it_stays_in_fp32_and_is_saved_so(small, tmp_path):
+    world = world_with_arm(small)
+    before = world.arm.state_dict()
+    half = world.to(torch.bfloat16)
+    assert half.dit.dtype == torch.bfloat16
+    world.save(tmp_path / "world", torch.float16)
+    again = WorldModel.from_pretrained(tmp_path / "world", dtype=torch.bfloat16)
+    for name, tensor in before.items():
+        assert again.arm.state_dict()[name].dtype == torch.float32
+        assert torch.equal(again.arm.state_dict()[name], tensor)
+    with torch.autocast("cpu", torch.bfloat16):
+        actions, start = small.actions_of(2, 8), small.poses_of(2)
+        inside = again.poses(actions, start)
+    np.testing.assert_array_equal(inside, world.poses(actions, start))
+
+
+def test_an_arm_needs_increments(small):
+    config = small.config_of()
+    absolute = dataclasses.replace(config.action_spec, kind="absolute_pose")
+    with pytest.raises(UserError, match="arm is given, but action_spec.kind is 'absolute_pose'"):
+        dataclasses.replace(config, action_spec=absolute, arm=ArmConfig())

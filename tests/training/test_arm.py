@@ -1,0 +1,67 @@
+"""The arm is fitted where the linear sum fails: on a hand that is pressed on a table."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from worldloop.training.arm import fit_arm, position_error
+from worldloop.training.data import EpisodeArrays, fit_action_spec
+from worldloop.types import ActionSpec
+
+GAIN = 0.03  # metres a command
+
+
+def episodes(count: int, seed: int, T: int = 32) -> EpisodeArrays:
+    """Hands that sink onto a table at z = 9 mm, where they stop and drag at half their speed."""
+    rng = np.random.default_rng(seed)
+    # Each episode goes its own way, so that some press on the table for long.
+    way = rng.uniform(-0.4, 0.4, (count, 1, 7))
+    actions = (way + rng.uniform(-0.2, 0.2, (count, T, 7))).clip(-1, 1).astype(np.float32)
+    states = np.zeros((count, T + 1, 7), np.float32)
+    states[:, 0, 2] = rng.uniform(0.02, 0.15, count)
+    for t in range(T):
+        move = GAIN * actions[:, t]
+        touches = states[:, t, 2] + move[:, 2] <= 0.009
+        move[touches, :2] *= 0.5
+        states[:, t + 1] = states[:, t] + move
+        states[touches, t + 1, 2] = 0.009
+        states[:, t + 1, 6] = actions[:, t, 6]
+    return EpisodeArrays(
+        frames=np.zeros((count, T + 1, 8, 8, 3), np.uint8),
+        actions=actions,
+        states=states,
+        reward=np.zeros((count, T), np.float32),
+        success=np.zeros(count, bool),
+        object_pixels=None,
+        action_spec=fit_action_spec(ActionSpec(chunk=8), actions, states),
+        env_id="PushCube-v1",
+        instruction="push the cube",
+        key="table",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def test_contact_is_learned():
+    data, unseen = episodes(96, 0), episodes(48, 1)
+    actions, states = unseen.actions, unseen.states
+    linear = position_error(data.action_spec.to_absolute(actions, states[:, 0]), states)
+    arm = fit_arm(data, len(data), steps=400)
+    fitted = position_error(arm.poses(actions, states[:, 0]), states)
+    assert linear > 0.04
+    assert fitted < linear / 4
+
+
+def test_the_last_episodes_stay_unseen_and_a_seed_repeats():
+    data = episodes(12, 0)
+    changed = data.actions.copy()
+    changed[8:] = 1
+    other = dataclasses.replace(data, actions=changed)
+    one, two = fit_arm(data, 8, steps=3), fit_arm(other, 8, steps=3)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
