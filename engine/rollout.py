@@ -1,26 +1,33 @@
 """RolloutEngine: policy and world model in turn, many episodes at once.
 
-Episodes go through in batches of at most ``max_batch``; with ``stop_on_success`` an episode is
-over at its first success: later actions are not valid, and its row leaves the batch after the
-chunk, so that no step is spent on it.
+At most ``max_batch`` episodes are in the batch. With ``stop_on_success`` an episode is over at its
+first success: later actions are not valid, and its row leaves the batch after the chunk. As soon as
+a group fits into the free slots, it begins: no step is spent on masked time, and none on waiting
+for the slowest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from worldloop.engine.policy.base import Observation, Policy, PolicyAction, ReplayPolicy
 from worldloop.engine.sampler import STREAMING_TIMES, derive_seed
 from worldloop.engine.world_model import Decode, Steps, Timer, WorldModel
+from worldloop.engine.world_state import WorldState
 from worldloop.errors import UserError
 from worldloop.files import PathLike
 from worldloop.track import Progress
-from worldloop.types import Chunk, Rollout, Starts
+from worldloop.types import Chunk, Frames, Rollout, Starts
 
 __all__ = ["ReplayPolicy", "RolloutEngine"]
 
@@ -69,6 +76,7 @@ class RolloutEngine:
         max_batch: int | None = None,
         share_noise: bool = False,
         stop_on_success: bool = False,
+        overlap: bool = False,
         progress: Progress | None = None,
     ) -> Rollout:
         """Imagine ``group_size`` episodes from every start.
@@ -76,7 +84,10 @@ class RolloutEngine:
         horizon: actions per episode, a multiple of the chunk. Row ``g * group_size + m`` is member
         m of group g; its world noise depends on (seed, g, m) alone, or on (seed, g) with
         ``share_noise``. decode: "all" returns every frame, "policy" the one after each chunk (and
-        the start), "none" none (only for a policy that reads no frames). progress: counts frames.
+        the start), "none" none (only for a policy that reads no frames). max_batch: most episodes
+        in the batch at once. overlap: the policy acts for one half of the batch, in a thread, while
+        the world model imagines the other (``timings`` then adds up to more than the total).
+        progress: counts frames.
         """
         chunk = self.world.action_spec.chunk
         if horizon < chunk or horizon % chunk:
@@ -91,31 +102,81 @@ class RolloutEngine:
         if decode == "none" and self.policy.reads_frames:
             raise UserError("decode is 'none', but the policy looks at frames; use 'policy'")
         groups = len(starts.instructions)
-        per_batch = groups if max_batch is None else max(1, max_batch // group_size)
+        run = _Run(
+            self, starts, horizon // chunk, group_size, seed, decode, share_noise,
+            stop_on_success, Timer(), progress,
+        )  # fmt: skip
         begun = time.perf_counter()
-        timer = Timer()
-        parts = [
-            self._batch(
-                starts.select(range(first, min(first + per_batch, groups))),
-                first,
-                horizon // chunk,
-                group_size,
-                seed,
-                decode,
-                share_noise,
-                stop_on_success,
-                timer,
-                progress,
-            )
-            for first in range(0, groups, per_batch)
-        ]
-        timings = {**timer.seconds, "total": time.perf_counter() - begun}
-        return _stack(parts, starts, group_size, timings)
+        most = groups * group_size if max_batch is None else max_batch
+        with contextlib.ExitStack() as stack:
+            ask = stack.enter_context(_asking(self.world.device)) if overlap else _ask_at_once
+            self._schedule(run, most, 2 if overlap else 1, ask)
+        timings = {**run.timer.seconds, "total": time.perf_counter() - begun}
+        return run.rollout(timings)
 
-    def _batch(
+    def _schedule(self, run: _Run, max_batch: int, ways: int, ask: Ask) -> None:
+        """Continuous batching: cohorts take turns; slots that come free take waiting groups.
+
+        Rows of a cohort are equally far, so that its chunk is one batch. ``ways``: cohorts that a
+        batch is split into, so that one can wait for the policy while another is in the world.
+        """
+        waiting = deque(range(len(run.starts.instructions)))
+        cohorts: deque[tuple[_Cohort, Answer]] = deque()
+        while waiting or cohorts:
+            free = max_batch - sum(len(cohort.rows) for cohort, _ in cohorts)
+            fit = min(len(waiting), free // run.group_size)
+            for way in range(ways if fit >= ways else min(fit, 1)):
+                share = fit // ways + (way < fit % ways) if fit >= ways else fit
+                cohort = run.begin([waiting.popleft() for _ in range(share)])
+                cohorts.append((cohort, ask(partial(run.act, cohort))))
+            cohort, answer = cohorts.popleft()
+            left = run.step(cohort, answer())
+            if left is not None:
+                cohorts.append((left, ask(partial(run.act, left))))
+
+
+Answer = Callable[[], PolicyAction]
+Ask = Callable[[Answer], Answer]
+
+
+def _ask_at_once(call: Answer) -> Answer:
+    """The policy is called when its answer is needed."""
+    return call
+
+
+@contextlib.contextmanager
+def _asking(device: torch.device) -> Iterator[Ask]:
+    """The policy is called in a thread of its own; on a GPU, on a stream of its own."""
+    kind = device.type
+    # A thread starts without its parent's autocast.
+    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    stream = torch.cuda.Stream(device) if kind == "cuda" else None
+
+    def within(call: Answer) -> PolicyAction:
+        with torch.autocast(kind, autocast[1], enabled=autocast[0]), torch.cuda.stream(stream):
+            return call()
+
+    with ThreadPoolExecutor(1, "policy") as pool:
+        yield lambda call: pool.submit(within, call).result
+
+
+@dataclass(frozen=True)
+class _Cohort:
+    """Episodes in the batch that are equally far: ``state`` after ``chunks`` chunks."""
+
+    rows: list[int]  # of the rollout
+    state: WorldState
+    shown: Frames  # [B,1,V,H,W,3] what the policy sees
+    chunks: int
+
+
+class _Run:
+    """One rollout: its options and what has been recorded of it so far."""
+
+    def __init__(
         self,
+        engine: RolloutEngine,
         starts: Starts,
-        first_group: int,
         chunks: int,
         group_size: int,
         seed: int,
@@ -124,121 +185,115 @@ class RolloutEngine:
         stop_on_success: bool,
         timer: Timer,
         progress: Progress | None,
-    ) -> dict[str, Any]:
-        groups = len(starts.instructions)
-        members = [(first_group + g, m) for g in range(groups) for m in range(group_size)]
-        seeds = [derive_seed(seed, g, 0 if share_noise else m) for g, m in members]
-        clock = time.perf_counter()
-        state = self.world.start(starts.frames, starts.poses, seeds[::group_size])
-        state = state.fork(group_size, seeds)
-        timer.add("start", clock)
-        spec = self.world.action_spec
-        B, T = len(members), chunks * spec.chunk
-        record: dict[str, Any] = {
-            "actions": np.zeros((B, T, spec.dim), np.float32),
-            "reward": np.zeros((B, T), np.float32),
-            "success": np.zeros(B, bool),
-            "valid": np.zeros((B, T), bool),
-            "seeds": np.array(seeds, np.int64),
-            "tokens": None,
-            "logprobs": None,
-            "frames": None,
-        }
-        shown = np.repeat(starts.frames, group_size, 0)
-        if decode != "none":
-            count = T if decode == "all" else chunks
-            record["frames"] = np.zeros((B, 1 + count, *shown.shape[2:]), np.uint8)
-            record["frames"][:, :1] = shown
-        instructions = [text for text in starts.instructions for _ in range(group_size)]
-        rows = list(range(B))  # episodes still in the batch
-        for k in range(chunks):
-            clock = time.perf_counter()
-            action = self.policy.act(
-                Observation(
-                    shown,
-                    state.poses,
-                    tuple(instructions[r] for r in rows),
-                    tuple(first_group * group_size + r for r in rows),
-                    k,
-                ),
-                # No group has the number -1: never the seed of a member's world noise.
-                derive_seed(seed, -1, k),
-            )
-            timer.add("policy", clock)
-            out, state = self.world.step(
-                state,
-                action.actions,
-                steps=self.steps,
-                decode=decode,
-                commit=k + 1 < chunks,
-                timer=timer,
-            )
-            self._record(record, rows, k, action, out, decode, stop_on_success)
-            if out.frames is not None:
-                shown = out.frames[:, -1:]
-            if progress is not None:
-                progress.update(len(rows) * spec.chunk)
-            if stop_on_success and state.done.any():
-                kept = [i for i in range(len(rows)) if not state.done[i]]
-                if not kept:
-                    break
-                rows, shown = [rows[i] for i in kept], shown[kept]
-                state = state.select(kept)
-        return record
-
-    def _record(
-        self,
-        record: dict[str, Any],
-        rows: Sequence[int],
-        k: int,
-        action: PolicyAction,
-        out: Chunk,
-        decode: Decode,
-        stop_on_success: bool,
     ) -> None:
-        T = self.world.action_spec.chunk
-        shape = (len(rows), T, self.world.action_spec.dim)
-        time_slice = slice(k * T, (k + 1) * T)
-        record["actions"][rows, time_slice] = action.actions
-        record["reward"][rows, time_slice] = out.reward
+        self.engine, self.starts, self.chunks, self.group_size = engine, starts, chunks, group_size
+        self.seed, self.decode, self.stop_on_success = seed, decode, stop_on_success
+        self.timer, self.progress = timer, progress
+        groups, spec = len(starts.instructions), engine.world.action_spec
+        B, T = groups * group_size, chunks * spec.chunk
+        self.seeds = [
+            derive_seed(seed, g, 0 if share_noise else m)
+            for g in range(groups)
+            for m in range(group_size)
+        ]
+        self.instructions = tuple(t for t in starts.instructions for _ in range(group_size))
+        self.actions = np.zeros((B, T, spec.dim), np.float32)
+        self.reward = np.zeros((B, T), np.float32)
+        self.success = np.zeros(B, bool)
+        self.valid = np.zeros((B, T), bool)
+        self.tokens: npt.NDArray[np.int64] | None = None
+        self.logprobs: npt.NDArray[np.float32] | None = None
+        self.frames: Frames | None = None
+        if decode != "none":
+            count = 1 + (T if decode == "all" else chunks)
+            self.frames = np.zeros((B, count, *starts.frames.shape[2:]), np.uint8)
+            self.frames[:, :1] = np.repeat(starts.frames, group_size, 0)
+
+    def begin(self, groups: list[int]) -> _Cohort:
+        """The first frames of these groups, encoded once each."""
+        n, clock = self.group_size, time.perf_counter()
+        rows = [g * n + m for g in groups for m in range(n)]
+        starts, seeds = self.starts.select(groups), [self.seeds[row] for row in rows]
+        state = self.engine.world.start(starts.frames, starts.poses, seeds[::n])
+        state = state.fork(n, seeds)
+        self.timer.add("start", clock)
+        return _Cohort(rows, state, np.repeat(starts.frames, n, 0), 0)
+
+    def act(self, cohort: _Cohort) -> PolicyAction:
+        clock = time.perf_counter()
+        observation = Observation(
+            cohort.shown,
+            cohort.state.poses,
+            tuple(self.instructions[row] for row in cohort.rows),
+            tuple(cohort.rows),
+            cohort.chunks,
+        )
+        # No group has the number -1: never the seed of a member's world noise.
+        action = self.engine.policy.act(observation, derive_seed(self.seed, -1, cohort.chunks))
+        self.timer.add("policy", clock)
+        return action
+
+    def step(self, cohort: _Cohort, action: PolicyAction) -> _Cohort | None:
+        """Imagine the chunk and record it; the cohort of those that go on, or None."""
+        done = cohort.chunks + 1
+        out, state = self.engine.world.step(
+            cohort.state,
+            action.actions,
+            steps=self.engine.steps,
+            decode=self.decode,
+            commit=done < self.chunks,
+            timer=self.timer,
+        )
+        self._record(cohort, action, out)
+        if self.progress is not None:
+            self.progress.update(out.reward.size)
+        if done == self.chunks:
+            return None
+        rows, shown = cohort.rows, cohort.shown if out.frames is None else out.frames[:, -1:]
+        if self.stop_on_success and state.done.any():
+            kept = [i for i in range(len(rows)) if not state.done[i]]
+            if not kept:
+                return None
+            rows, shown, state = [rows[i] for i in kept], shown[kept], state.select(kept)
+        return _Cohort(rows, state, shown, done)
+
+    def _record(self, cohort: _Cohort, action: PolicyAction, out: Chunk) -> None:
+        rows, spec = cohort.rows, self.engine.world.action_spec
+        shape = (len(rows), spec.chunk, spec.dim)
+        times = slice(cohort.chunks * spec.chunk, (cohort.chunks + 1) * spec.chunk)
+        self.actions[rows, times] = action.actions
+        self.reward[rows, times] = out.reward
         over = np.cumsum(out.success, 1) - out.success > 0  # a success lies before this action
-        record["valid"][rows, time_slice] = ~over if stop_on_success else True
-        record["success"][rows] |= out.success.any(1)
-        for name, value in (("tokens", action.tokens), ("logprobs", action.logprobs)):
-            if value is not None:
-                if value.shape != shape:
-                    raise UserError(
-                        f"the policy's {name} has shape {list(value.shape)}; expected {list(shape)}"
-                    )
-                if record[name] is None:
-                    record[name] = np.zeros(record["actions"].shape, value.dtype)
-                record[name][rows, time_slice] = value
-        if out.frames is not None:
-            if decode == "all":
-                record["frames"][rows, 1 + k * T : 1 + (k + 1) * T] = out.frames
-            else:
-                record["frames"][rows, 1 + k] = out.frames[:, -1]
+        self.valid[rows, times] = ~over if self.stop_on_success else True
+        self.success[rows] |= out.success.any(1)
+        for name in ("tokens", "logprobs"):
+            value = getattr(action, name)
+            if value is None:
+                continue
+            if value.shape != shape:
+                raise UserError(
+                    f"the policy's {name} has shape {list(value.shape)}; expected {list(shape)}"
+                )
+            if getattr(self, name) is None:
+                setattr(self, name, np.zeros(self.actions.shape, value.dtype))
+            getattr(self, name)[rows, times] = value
+        if self.frames is not None and out.frames is not None:
+            each = spec.chunk if self.decode == "all" else 1
+            first = 1 + cohort.chunks * each
+            self.frames[rows, first : first + each] = out.frames[:, -each:]
 
-
-def _stack(
-    parts: Sequence[dict[str, Any]], starts: Starts, group_size: int, timings: dict[str, float]
-) -> Rollout:
-    def joined(name: str) -> Any:
-        values = [part[name] for part in parts]
-        return None if any(v is None for v in values) else np.concatenate(values)
-
-    groups = len(starts.instructions)
-    return Rollout(
-        frames=joined("frames"),
-        actions=joined("actions"),
-        reward=joined("reward"),
-        success=joined("success"),
-        valid=joined("valid"),
-        seeds=joined("seeds"),
-        group_id=np.repeat(np.arange(groups), group_size),
-        instructions=tuple(t for t in starts.instructions for _ in range(group_size)),
-        start_pose=np.repeat(starts.poses, group_size, 0),
-        action_tokens=joined("tokens"),
-        logprobs=joined("logprobs"),
-        timings=timings,
-    )
+    def rollout(self, timings: dict[str, float]) -> Rollout:
+        return Rollout(
+            frames=self.frames,
+            actions=self.actions,
+            reward=self.reward,
+            success=self.success,
+            valid=self.valid,
+            seeds=np.array(self.seeds, np.int64),
+            group_id=np.repeat(np.arange(len(self.starts.instructions)), self.group_size),
+            instructions=self.instructions,
+            start_pose=np.repeat(self.starts.poses, self.group_size, 0),
+            action_tokens=self.tokens,
+            logprobs=self.logprobs,
+            timings=timings,
+        )

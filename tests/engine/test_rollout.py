@@ -1,6 +1,7 @@
 """RolloutEngine: seeds, batches, groups, early stops and what is recorded."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from worldloop.engine.policy.base import Observation, PolicyAction, ReplayPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed, noise_for
 from worldloop.engine.world_model import WorldModel
+from worldloop.errors import UserError
 from worldloop.types import ActionSpec, Rollout, Starts
 
 T = 24  # three chunks of eight
@@ -240,6 +242,66 @@ def test_nothing_runs_once_all_have_succeeded(small, monkeypatch):
     out = engine.rollout(starts_of(small, 2), horizon=T, stop_on_success=True)
     assert len(policy.seen) == 1 and out.success.all()
     assert out.valid.sum(1).tolist() == [2, 2]
+
+
+# ---------------------------------------------------------------- continuous batching
+
+
+def test_a_waiting_episode_takes_a_slot_as_soon_as_it_is_free(small, monkeypatch):
+    rewards = np.full((5, T), 0.2, np.float32)
+    rewards[0, 2:5] = 0.95  # leaves after its first chunk
+    policy = SamplingPolicy(small.SPEC)
+    engine = RolloutEngine(engineered(small, monkeypatch, rewards, 5), policy)
+    starts = starts_of(small, 5)
+    options = {"horizon": T, "decode": "all", "stop_on_success": True}
+    whole = engine.rollout(starts, **options)
+    policy.seen.clear()
+    refilled = engine.rollout(starts, **options, max_batch=2)
+    # Row 2 begins when row 0 is over, 3 when 1 is, and so on: nobody waits for the slower of two.
+    turns = [(o.chunk, o.episodes) for o in policy.seen]
+    assert turns == [
+        (0, (0, 1)), (1, (1,)), (0, (2,)), (2, (1,)), (1, (2,)), (0, (3,)), (2, (2,)), (1, (3,)),
+        (0, (4,)), (2, (3,)), (1, (4,)), (2, (4,)),
+    ]  # fmt: skip
+    same(refilled, whole, frames=2)
+    assert refilled.success.tolist() == [True] + [False] * 4
+
+
+@pytest.mark.parametrize("max_batch", [None, 4])
+def test_the_policy_may_act_beside_the_world(small, max_batch):
+    """Same episodes; the policy is called in one other thread, under the caller's autocast."""
+    starts, where = starts_of(small, 3), []
+
+    class Watched(SamplingPolicy):
+        def act(self, observation, seed):
+            precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else 0
+            where.append((threading.get_ident(), precision, observation.episodes))
+            return super().act(observation, seed)
+
+    engine = RolloutEngine(small.world_of(), Watched(small.SPEC))
+    options = {"horizon": T, "group_size": 2, "seed": 3, "decode": "policy"}
+    alone = engine.rollout(starts, **options)
+    where.clear()
+    beside = engine.rollout(starts, **options, max_batch=max_batch, overlap=True)
+    same(beside, alone, frames=2)
+    threads = {thread for thread, _, _ in where}
+    assert len(threads) == 1 and threads != {threading.get_ident()}
+    halves = [(0, 1, 2, 3), (4, 5)] if max_batch is None else [(0, 1), (2, 3)]
+    assert [episodes for _, _, episodes in where[:2]] == halves
+    assert {precision for _, precision, _ in where} == {0}
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.rollout(starts, **options, overlap=True)
+    assert where[-1][1] is torch.bfloat16
+
+
+def test_an_error_in_the_policys_thread_comes_out(small):
+    class Broken(SamplingPolicy):
+        def act(self, observation, seed):
+            raise UserError("the policy server is gone")
+
+    engine = RolloutEngine(small.world_of(), Broken(small.SPEC))
+    with pytest.raises(UserError, match="the policy server is gone"):
+        engine.rollout(starts_of(small, 2), horizon=T, overlap=True)
 
 
 # ---------------------------------------------------------------- bad input
