@@ -13,6 +13,10 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton kernels run on CPU tensors, interpreted. Triton reads this when it is imported, which
+    # any test module may do first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 HAS_SIM = find_spec("mani_skill") is not None
 HAS_VLLM = find_spec("vllm") is not None
 
