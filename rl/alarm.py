@@ -173,7 +173,7 @@ class Alarm:
         replays = [
             Replay(
                 derive_seed(self.seed, step, i) % 2**31, int(self.sim_seeds[row] or 0),
-                imagined.actions[i], self.world.action_spec,
+                self._padded(imagined.actions[i]), self.world.action_spec,
                 {"alarm_step": step, "imagined_success": bool(imagined.success[i])},
             )
             for i, row in enumerate(rows)
@@ -187,7 +187,7 @@ class Alarm:
                     played.append(_row(rows[i], replays[i].sim_seed, imagined.success[i], None))
                     continue
                 episode, meta = answer
-                success = held_success(episode.reward, held)
+                success = held_success(episode.reward[: self.horizon], held)
                 row = _row(rows[i], replays[i].sim_seed, imagined.success[i], success)
                 wrong = success != bool(imagined.success[i])
                 if wrong:
@@ -202,20 +202,31 @@ class Alarm:
             EpisodeWriter(folder / "episodes", meta).add(parted)
         return {"step": step, "truth": config.true.env, "episodes": played}
 
+    def _padded(self, actions_TA: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """To the length of the dataset's episodes: the arm stands still after the last action."""
+        more = self.config.true.horizon - len(actions_TA)
+        if more <= 0:
+            return actions_TA
+        still = actions_TA[-1:].copy()
+        if self.world.action_spec.kind == "delta_pose":
+            still[:, :6] = 0
+        return np.concatenate([actions_TA, np.repeat(still, more, 0)])
+
     def _pair(self, i: int, imagined: Rollout, episode: Episode, success: bool) -> Pair:
         assert imagined.frames is not None
-        frames = imagined.frames[i, :, 0]
+        frames, T = imagined.frames[i, :, 0], self.horizon
+        real = episode.frames[: T + 1]
         return Pair(
             number=i,
-            real=episode.frames,
+            real=real,
             imagined=frames,
-            true_reward=episode.reward,
+            true_reward=episode.reward[:T],
             reward=imagined.reward[i],
             threshold=self.world.reward_threshold,
             success=success,
             reward_success=bool(imagined.success[i]),
             visual_success=None,
-            psnr=float(np.minimum(psnr(episode.frames[1:], frames[1:]), 99).mean()),
+            psnr=float(np.minimum(psnr(real[1:], frames[1:]), 99).mean()),
             within=float("nan"),
             instruction=episode.instruction,
         )

@@ -7,10 +7,6 @@ its item tried again; an item that fails every time is dropped, and counted by t
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,19 +166,3 @@ class Children:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def dies_with(parent: int) -> Callable[[], None]:
-    """What a job's process calls before its program starts: the kernel kills it with its parent.
-
-    Linux only; elsewhere a job outlives a killed loop, and the next one finds its folder in use.
-    """
-
-    def prepare() -> None:
-        if sys.platform == "linux":
-            set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-            if os.getppid() != parent:  # it died in between
-                os._exit(1)
-
-    return prepare

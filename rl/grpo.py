@@ -72,6 +72,8 @@ class GRPOConfig:
     horizon: int = 72
     """Actions an episode; a multiple of the world model's chunk."""
     temperature: float = TEMPERATURE
+    coherence: float = 0.0
+    """Correlation of an action dimension's draws from step to step (`vla.uniform_draws`)."""
     world_steps: int = 4
     """Denoising steps of the world model."""
     share_noise: bool = False
@@ -108,6 +110,8 @@ class GRPOConfig:
             raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
         if self.temperature <= 0:
             raise UserError(f"temperature is {self.temperature}; sampling needs more than 0")
+        if not 0 <= self.coherence < 1:
+            raise UserError(f"coherence is {self.coherence}; expected at least 0 and below 1")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"precision is {self.precision!r}; expected fp32 or bf16")
 
@@ -144,6 +148,7 @@ class GRPO:
     ) -> None:
         self.config = config
         self.actor = actor or policy
+        self.actor.coherence = config.coherence
         self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.precision = torch.autocast(

@@ -243,7 +243,7 @@ def psnr_chart(comparison: Comparison, chunk: int) -> str:
 
 # ---------------------------------------------------------------- the page
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --faint: #6b7280; --line: #e3e5e9; --real: #25639b;
   --imagined: #c46210; --good: #1d7a46; --bad: #b02030; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff;
@@ -306,16 +306,23 @@ def _plain_table(values: dict[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _confusion(title: str, counts: dict[str, int], interval: Sequence[float]) -> str:
-    low, high = interval
+def confusion_table(title: str, counts: dict[str, int], note: str) -> str:
+    """Imagined against true outcomes, and a line under them."""
     return (
         f"<div><p><b>{title}</b></p><table>"
         "<tr><th></th><th>imagined success</th><th>imagined failure</th></tr>"
-        f'<tr><td>true success</td><td class="number">{counts["true_success"]}</td>'
-        f'<td class="number">{counts["false_failure"]}</td></tr>'
         f'<tr><td>true failure</td><td class="number">{counts["false_success"]}</td>'
-        f'<td class="number">{counts["true_failure"]}</td></tr></table>'
-        f'<p class="faint">95 % interval of the agreement: {low:.0%} to {high:.0%}</p></div>'
+        f'<td class="number">{counts["true_failure"]}</td></tr>'
+        f'<tr><td>true success</td><td class="number">{counts["true_success"]}</td>'
+        f'<td class="number">{counts["false_failure"]}</td></tr></table>'
+        f'<p class="faint">{note}</p></div>'
+    )
+
+
+def _confusion(title: str, counts: dict[str, int], interval: Sequence[float]) -> str:
+    low, high = interval
+    return confusion_table(
+        title, counts, f"95 % interval of the agreement: {low:.0%} to {high:.0%}"
     )
 
 
@@ -362,7 +369,7 @@ def write_report(
     speed = values["speedup_details"]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>worldloop demo</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>Imagined and real</h1>
 <p>{values["episodes"]} held-out episodes of {html.escape(values["env_id"])}, imagined from the
 first frame and the recorded actions alone: {values["frames"]} frames, {values["config"]["steps"]}

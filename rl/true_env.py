@@ -54,10 +54,10 @@ class TrueEnv:
         except ValueError as error:
             raise UserError(f"env: {error}; or `{WORLD}`") from error
 
-    def evaluation(self, policy: str, first_seed: int, seed: int) -> EvaluateConfig:
-        """`worldloop evaluate policy` here, greedy."""
+    def evaluation(self, policy: str, first_seed: int, seed: int, horizon: int) -> EvaluateConfig:
+        """`worldloop evaluate policy` here, greedy, an episode at a time."""
         return EvaluateConfig(
-            policy=policy, env=self.env, first_seed=first_seed, seed=seed, horizon=self.horizon,
+            policy=policy, env=self.env, first_seed=first_seed, seed=seed, horizon=horizon,
             image_size=self.image_size, held_frames=self.held_frames, threads=1,
             world=self.world or "tiny", starts=self.starts, steps=self.steps, rows=1,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -1,0 +1,1 @@
+../../worldloop/labels.py

@@ -1,0 +1,222 @@
+"""The page that a round of the closed loop leaves: one HTML file with everything inside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from worldloop.config import read_json
+from worldloop.files import atomic_write_text
+from worldloop.ledger import Ledger, Record
+from worldloop.rl.pictures import outcome
+from worldloop.rl.report import STYLE, confusion_table
+
+VIDEOS = 8  # embedded at most
+WIDTH, HEIGHT, LEFT, BASE, RIGHT, TOP = 960, 280, 46, 236, 900, 16
+FAINT, LINE, TRUE, IMAGINED = "#6b7280", "#e3e5e9", "#25639b", "#c46210"
+
+Point = tuple[float, float]
+
+
+# ---------------------------------------------------------------- curves
+
+
+def chart(
+    lines: Sequence[tuple[str, str, Sequence[Point]]], bars: Sequence[tuple[float, float, float]],
+    label: str,
+) -> str:  # fmt: skip
+    """Shares in percent over steps or rounds as inline SVG.
+
+    lines: (name, colour, points (x, share)); bars: (x, low, high) of intervals, drawn in the first
+    line's colour. Empty where there is nothing to draw.
+    """
+    points = [point for _, _, line in lines for point in line]
+    if not points:
+        return ""
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    span = max(last - first, 1)
+
+    def px(x: float) -> float:
+        return LEFT + 20 + (RIGHT - LEFT - 40) * (x - first) / span
+
+    def py(share: float) -> float:
+        return BASE - (BASE - TOP) * min(max(share, 0.0), 1.0)
+
+    def text(x: float, y: float, words: str, anchor: str = "start", ink: str = FAINT) -> str:
+        return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{ink}" '
+                f'font-size="13" font-family="system-ui, sans-serif">{words}</text>')  # fmt: skip
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
+    for percent in range(0, 101, 25):
+        y = py(percent / 100)
+        parts.append(f'<line x1="{LEFT}" y1="{y}" x2="{RIGHT}" y2="{y}" stroke="{LINE}"/>')
+        parts.append(text(LEFT - 8, y + 4, str(percent), "end"))
+    marks = sorted({x for x, _ in points})
+    for x in marks[:: max(1, len(marks) // 12)]:
+        parts.append(text(px(x), BASE + 18, f"{x:g}", "middle"))
+    for x, low, high in bars:
+        parts.append(f'<line x1="{px(x):.1f}" y1="{py(low):.1f}" x2="{px(x):.1f}" '
+                     f'y2="{py(high):.1f}" stroke="{lines[0][1]}" stroke-width="2"/>')  # fmt: skip
+    for i, (name, color, line) in enumerate(lines):
+        path = " ".join(f"{px(x):.1f},{py(share):.1f}" for x, share in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for x, share in line if len(line) <= 30 else ():
+            parts.append(f'<circle cx="{px(x):.1f}" cy="{py(share):.1f}" r="4" fill="{color}"/>')
+        parts.append(text(LEFT + 20 + 240 * i, HEIGHT - 6, name, ink=color))
+    parts.append(text(RIGHT, HEIGHT - 6, html.escape(label), "end") + "</svg>")
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------- parts of the page
+
+
+def _share(facts: dict[str, Any]) -> str:
+    low, high = facts["ci95"]
+    return f"{facts['success']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _rounds(ledger: Ledger, r: int) -> str:
+    found = [(q, ledger.find(q, "evaluate")) for q in range(r + 1)]
+    there = [(q, record.facts) for q, record in found if record is not None]
+    drawn = chart(
+        [("true success, 95 % interval", TRUE, [(q, f["success"]) for q, f in there])],
+        [(q, *f["ci95"]) for q, f in there], "round; success in percent",
+    )  # fmt: skip
+    rows = ""
+    for q, facts in there:
+        decision = ledger.find(q, "decide")
+        said = "base policy"
+        if decision is not None:
+            said = "accepted" if decision.facts["accepted"] else "rolled back"
+        dropped = f", {facts['dropped']} dropped" if facts["dropped"] else ""
+        rows += (f'<tr><td>{q}</td><td class="number">{_share(facts)}</td>'
+                 f"<td>{facts['successes']} of {facts['episodes']}{dropped}</td>"
+                 f"<td>{said}</td></tr>")  # fmt: skip
+    head = "<tr><th>round</th><th>true success</th><th>episodes</th><th></th></tr>"
+    return f"<h2>True success</h2>{drawn}<table>{head}{rows}</table>"
+
+
+def _learning(improve: Record, world: Record | None) -> str:
+    curve = [(float(step), share) for step, share in improve.facts["curve"]]
+    checks = improve.facts["alarm"]
+    truth = []
+    for check in checks:
+        played = sum(check[f"alarm_{kind}"] for kind in (
+            "false_success", "true_success", "false_failure", "true_failure"))  # fmt: skip
+        true = check["alarm_true_success"] + check["alarm_false_failure"]
+        if played:
+            truth.append((float(check["step"]), true / played))
+    lines = [("imagined, while learning", IMAGINED, curve)]
+    if truth:
+        lines.append(("true, of the alarm's episodes", TRUE, truth))
+    out = f"<h2>Learning in imagination</h2>{chart(lines, [], 'GRPO step; success in percent')}"
+    out += f"<p>{improve.facts['imagined_frames']:,} imagined frames"
+    if world is not None and world.facts["curve"]:
+        first, last = world.facts["curve"][0], world.facts["curve"][-1]
+        out += (f"; the world model's held-out flow error went from {first[1]:.4f} to "
+                f"{last[1]:.4f} over {last[0]} steps of fine-tuning, its reward error from "
+                f"{first[2]:.4f} to {last[2]:.4f}")  # fmt: skip
+    return out + ".</p>"
+
+
+def _alarm(improve: Record, folder: Path) -> str:
+    checks = improve.facts["alarm"]
+    if not checks:
+        return "<h2>Imagined and true outcomes</h2><p>The alarm was off in this round.</p>"
+    stopped = improve.facts["stopped_by_alarm"]
+    said = "The alarm was silent."
+    if stopped is not None:
+        said = (f"<b>The alarm stopped RL at step {stopped}</b>; the policy of step "
+                f"{improve.facts['steps']} is the last at which it was silent.")  # fmt: skip
+    tables = ""
+    for check in checks:
+        counts = {kind: check[f"alarm_{kind}"] for kind in (
+            "false_success", "true_success", "false_failure", "true_failure")}  # fmt: skip
+        share, low = check["alarm_false_share"], check["alarm_false_share_low"]
+        note = "no imagined success in the window"
+        if share is not None:
+            note = f"{share:.0%} of the window's imagined successes are false, at least {low:.0%}"
+        tables += confusion_table(f"after step {check['step']}", counts, note)
+    return (
+        f"<h2>Imagined and true outcomes</h2><p>{said}</p>"
+        f'<div class="tables">{tables}</div>{_clips(folder)}'
+    )
+
+
+def _clips(folder: Path) -> str:
+    """Episodes of the latest checks as video, false successes first."""
+    found = []
+    for path in sorted(folder.glob("[0-9]*/check.json"), reverse=True):
+        for episode in read_json(path)["episodes"]:
+            if "video" in episode:
+                found.append((int(path.parent.name), episode, path.parent / episode["video"]))
+    found.sort(key=lambda clip: not (clip[1]["imagined"] and not clip[1]["true"]))
+    figures = ""
+    for step, episode, path in found[:VIDEOS]:
+        wrong = episode["imagined"] != episode["true"]
+        style = ' class="missed"' if wrong else ""
+        said = f"imagined {outcome(episode['imagined'])}, true {outcome(episode['true'])}"
+        figures += (
+            f"<figure><figcaption><b>step {step}, simulator seed {episode['sim_seed']}</b> "
+            f'<span{style}>{said}</span></figcaption><video controls loop muted playsinline '
+            f'poster="{_inline(path.with_suffix(".jpg"), "image/jpeg")}" '
+            f'src="{_inline(path, "video/mp4")}"></video></figure>'
+        )  # fmt: skip
+    if not figures:
+        return ""
+    return (
+        "<h2>Episodes, imagined beside true</h2><p>Same start, same actions. Those that fooled the "
+        f'world model come first, and join the data of the next round.</p><div class="pairs">'
+        f"{figures}</div>"
+    )
+
+
+def _inline(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _stages(records: Sequence[Record]) -> str:
+    rows = ""
+    for record in records:
+        facts = ", ".join(
+            f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else
+            f"{name.replace('_', ' ')} {value:.3g}"
+            for name, value in record.facts.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        )  # fmt: skip
+        made = record.made
+        rows += (
+            f'<tr><td>{record.stage}</td><td class="number">{made["seconds"] / 60:.1f} min</td>'
+            f'<td class="number">{made["attempts"]}</td><td>{html.escape(facts)}</td>'
+            f"<td><code>{record.digest[:12]}</code></td></tr>"
+        )
+    head = ("<tr><th>stage</th><th>time</th><th>starts</th><th>what came of it</th>"
+            "<th>record</th></tr>")  # fmt: skip
+    return (
+        f"<h2>The ledger</h2><table>{head}{rows}</table>"
+        '<p class="faint">Time is that of the start which finished the stage.</p>'
+    )
+
+
+def write_report(ledger: Ledger, r: int) -> Path:
+    """Write report.html of a finished round; returns its path."""
+    records = [record for record in ledger.records if record.round == r]
+    by_stage = {record.stage: record for record in records}
+    evaluation, decision = by_stage["evaluate"].facts, by_stage["decide"].facts
+    said = "accepted" if decision["accepted"] else "rolled back"
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Round {r}</title><style>{STYLE}</style></head><body><h1>Round {r}: {said}</h1>"
+        f"<p>{_share(evaluation)} true success over {evaluation['episodes']} unseen start states; "
+        f"the best before: {decision['best_before']:.1%}.</p>"
+        f"{_rounds(ledger, r)}{_learning(by_stage['improve'], by_stage.get('fine-tune'))}"
+        f"{_alarm(by_stage['improve'], ledger.round_folder(r) / 'improve/alarm')}"
+        f"{_stages(records)}</body></html>\n"
+    )
+    path = ledger.round_folder(r) / "report.html"
+    atomic_write_text(path, page)
+    return path

@@ -1,0 +1,116 @@
+"""What a round of the closed loop does: plain values, hashed into its ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from worldloop.config import config_to_dict
+from worldloop.errors import UserError
+from worldloop.ledger import text_sha256
+from worldloop.rl.alarm import AlarmConfig
+from worldloop.rl.grpo import TINY, GRPOConfig
+from worldloop.rl.true_env import TrueEnv
+
+# Fields that change how fast a round is, not what comes of it.
+OPERATION = ("processes", "limit_s")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Options of `worldloop train world-model` in every round; their names are its own."""
+
+    steps: int = 320
+    batch: int = 4
+    """Episodes a step and process."""
+    lr: float = 8e-4
+    lr_vectors: float = 4e-4
+    reward_weight: float = 1.0
+    held_out: int = 48
+    save_every: int = 40
+    arm_steps: int = 4000
+    threads: int = 1
+    processes: int = 1
+    """Data-parallel processes of this machine."""
+    device: str = "auto"
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """What every round of a loop does."""
+
+    true: TrueEnv = field(default_factory=lambda: TrueEnv("PushCube-v1"))
+    recorded: bool = False
+    """No simulator: episodes and outcomes are handed in between the stages (docs/loop.md)."""
+    policy: str = "policy/pushcube"
+    """The fine-tuned base policy: checkpoint folder or shipped name."""
+    world: str = "tiny"
+    """The pretrained world model, which every round fine-tunes anew."""
+    data: tuple[Path, ...] = ()
+    """SANS datasets that are there already (scripted or recorded)."""
+    start: Literal["base", "last"] = "base"
+    """GRPO begins from the base policy, as in the paper, or from the last accepted one."""
+    episodes: int = 128
+    """Collected a round."""
+    first_seed: int = 500_000
+    """Simulator seed of the first of them; later rounds go on from there."""
+    temperature: float = 0.7
+    """Of the policy that collects."""
+    evaluations: int = 200
+    """Start states of every evaluation."""
+    evaluation_seed: int = 3_000_000
+    """Simulator seed of the first of them; from 3000000 on no training has seen any."""
+    seed: int = 0
+    fine_tune: FineTune = field(default_factory=FineTune)
+    grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(out=Path("grpo")))
+    """Of GRPO; its out, policy, world, starts, seed and where its alarm looks are the loop's."""
+    processes: int = 1
+    """Simulators side by side."""
+    limit_s: float = 300.0
+    """Seconds an episode may take before its simulator is started anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "evaluations", "processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        if self.limit_s <= 0:
+            raise UserError(f"limit_s is {self.limit_s}; expected more than 0 seconds")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; expected 0 or more")
+        if self.first_seed < self.evaluation_seed < self.first_seed + 100 * self.episodes:
+            raise UserError(
+                "first_seed: collection would come to the seeds of the evaluation; choose them "
+                "farther apart"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that decides what comes of a round."""
+        values = config_to_dict(self)
+        return text_sha256({k: v for k, v in values.items() if k not in OPERATION})
+
+
+_TINY_GRPO = replace(
+    TINY, out=Path("grpo"), groups=12, evaluate_every=0, keep_every=5,
+    alarm=AlarmConfig(every=5, episodes=32),
+)  # fmt: skip
+
+PRESETS: dict[str, tuple[str, RoundConfig]] = {
+    "tiny": (
+        "the shipped tiny models on two CPU cores, PushCube",
+        RoundConfig(grpo=_TINY_GRPO),
+    ),
+    "smoke": (
+        "the same in a few minutes, to see every stage once",
+        RoundConfig(
+            episodes=8, evaluations=8,
+            fine_tune=FineTune(steps=4, batch=2, held_out=2, save_every=2, arm_steps=0),
+            grpo=replace(
+                _TINY_GRPO, steps=2, groups=2, rounds=2, accuracy_low=0.0, accuracy_high=1.0,
+                keep_every=1, alarm=AlarmConfig(every=2, episodes=4),
+            ),
+        ),
+    ),
+}  # fmt: skip

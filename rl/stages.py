@@ -1,0 +1,254 @@
+"""The stages of a round of the closed loop, each a function from paths to what it made.
+
+They take the loop's config, the round's folder and number, and the paths that the table in
+`worldloop.rl.loop` names. Run again after a kill, each goes on where it was: at its last shard of
+episodes, batch of results, checkpoint or RL step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloop.config import config_to_dict, read_json
+from worldloop.episodes import EpisodeDataset, EpisodeWriter
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+from worldloop.labels import read_labels
+from worldloop.ledger import path_sha256
+from worldloop.merge import merge_datasets
+from worldloop.metrics import wilson_interval
+from worldloop.rl.alarm import check_steps, load_check
+from worldloop.rl.children import Children, Dropped
+from worldloop.rl.collect import count_episodes
+from worldloop.rl.jobs import run_job
+from worldloop.rl.round_config import RoundConfig
+from worldloop.rl.true_env import measure, record_policy
+from worldloop.track import Progress, read_rows
+
+SHARD = 8  # episodes or results between two writes
+MOVED = 0.01  # metres: a failure that moved its object this far was a near-success
+
+
+class Waiting(UserError):
+    """A round without a simulator needs something from a human before it can go on."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage made: outputs go into the ledger by their hashes, facts as they are."""
+
+    outputs: dict[str, Path]
+    facts: dict[str, Any]
+
+
+class Tally:
+    """A small JSON object on disk that a stage adds to: results that a kill must not lose."""
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        self.path, self.every, self._unsaved = path, every, 0
+        self.rows: dict[str, Any] = read_json(path) if path.is_file() else {}
+
+    def add(self, name: str, value: Any) -> None:
+        self.rows[name] = value
+        self._unsaved += 1
+        if self._unsaved >= self.every:
+            self.save()
+
+    def save(self) -> None:
+        atomic_write_text(self.path, json.dumps(self.rows) + "\n")
+        self._unsaved = 0
+
+
+def collect(config: RoundConfig, at: Path, r: int, actor: Path) -> Made:
+    """Episodes of the acting policy in the true environment, one for each seed of the round."""
+    out = at / "collect/episodes"
+    if config.recorded:
+        return _handed_in(out, r)
+    seeds = [config.first_seed + (r - 1) * config.episodes + i for i in range(config.episodes)]
+    dropped = Tally(at / "collect/dropped.json")
+    there = set(EpisodeDataset(out).seeds) if count_episodes(out) else set()
+    left = [seed for seed in seeds if seed not in there and str(seed) not in dropped.rows]
+    record = {"policy": path_sha256(actor)[:16], "temperature": config.temperature}
+    act = partial(record_policy, config.true, str(actor), config.temperature, record)
+    shard: list[Any] = []
+    with (
+        Progress(len(seeds), "collect", unit="ep", initial=len(seeds) - len(left)) as progress,
+        Children(act, config.processes, config.limit_s) as children,
+    ):
+        for i, answer in enumerate(children.map(left)):
+            if isinstance(answer, Dropped):
+                dropped.add(str(answer.item), answer.reason)
+            else:
+                episode, meta = answer
+                shard.append(episode)
+            if shard and (len(shard) == SHARD or i + 1 == len(left)):
+                EpisodeWriter(out, meta).add(shard)
+                shard = []
+            progress.update()
+    if not count_episodes(out):
+        raise UserError(f"{out}: every episode was dropped; see {dropped.path}")
+    return Made({"episodes": out}, {
+        "episodes": len(EpisodeDataset(out)), "dropped": len(dropped.rows),
+        "true_frames": EpisodeDataset(out).info["total_frames"],
+    })  # fmt: skip
+
+
+def _handed_in(out: Path, r: int) -> Made:
+    if not count_episodes(out):
+        raise Waiting(
+            f"round {r} waits for recorded episodes of its policy: `worldloop data import ... "
+            f"--out {out}`, then run the loop again"
+        )
+    dataset = EpisodeDataset(out)
+    frames = dataset.info["total_frames"]
+    return Made({"episodes": out}, {"episodes": len(dataset), "dropped": 0, "true_frames": frames})
+
+
+def label(config: RoundConfig, at: Path, r: int, episodes: Path) -> Made:
+    """Tell episodes apart: success, near-success (failed, but moved its object), miss."""
+    rows = []
+    for episode in EpisodeDataset(episodes).stream(frames=False):
+        kind = "success" if episode.success else "failure"
+        if not episode.success and episode.objects is not None:
+            moved = np.linalg.norm(episode.objects[-1, 0, :3] - episode.objects[0, 0, :3])
+            kind = "near-success" if moved > MOVED else "miss"
+        rows.append({"seed": episode.seed, "label": kind})
+    path = at / "label/labels.json"
+    atomic_write_text(path, json.dumps(rows, indent=2) + "\n")
+    kinds = [row["label"] for row in rows]
+    return Made({"labels": path}, {kind: kinds.count(kind) for kind in sorted(set(kinds))})
+
+
+def extend(config: RoundConfig, at: Path, r: int, *sources: Path) -> Made:
+    """All true episodes there are, as one dataset."""
+    out = at / "extend/sans"
+    if not out.exists():
+        merge_datasets(sources, out)
+    dataset = EpisodeDataset(out)
+    return Made({"sans": out}, {"episodes": len(dataset), "successes": int(dataset.success.sum())})
+
+
+def fine_tune(config: RoundConfig, at: Path, r: int, base: Path, sans: Path) -> Made:
+    """The pretrained world model on SANS; the trainer resumes by itself."""
+    out = at / "fine-tune"
+    options = config_to_dict(config.fine_tune)
+    processes = options.pop("processes")
+    argv = ["train", "world-model", "--data", sans, "--autoencoder", base, "--init", base,
+            "--out", out, "--sample-every", 0, "--seed", config.seed]  # fmt: skip
+    for name, value in options.items():
+        argv += ["--" + name.replace("_", "-"), value]
+    run_job(argv, at / "jobs/fine-tune.log", processes)
+    rows = read_rows(out / "metrics.jsonl")
+    last = {k: v for k, v in rows[-1].items() if k.startswith("held_out_")}
+    curve = [[row["step"], row["held_out_flow"], row["held_out_reward"]] for row in rows]
+    return Made({"world": out / "model"}, {**last, "curve": curve})
+
+
+def improve(
+    config: RoundConfig, at: Path, r: int, start: Path, world: Path, sans: Path, *judges: Path
+) -> Made:
+    """GRPO inside the world model, watched by the alarm; no simulator step inside RL.
+
+    judges: world models that the alarm asks where there is no simulator.
+    """
+    out = at / "improve"
+    alarm = replace(config.grpo.alarm, true=config.true)
+    if judges and not alarm.judges:
+        alarm = replace(alarm, judges=tuple(map(str, judges)))
+    grpo = replace(
+        config.grpo, out=out, policy=str(start), world=str(world), starts=sans,
+        seed=1000 * config.seed + r, alarm=alarm,
+    )  # fmt: skip
+    settings = at / "jobs/grpo.json"
+    atomic_write_text(settings, json.dumps(config_to_dict(grpo), indent=2) + "\n")
+    run_job(["grpo", "--config", settings], at / "jobs/improve.log")
+    done = read_json(out / "done.json")
+    rows = read_rows(out / "metrics.jsonl")
+    checks = [load_check(out / f"alarm/{n:06d}", alarm) for n in check_steps(out / "alarm")]
+    outputs = {"policy": out / f"policies/{done['steps']:06d}"}
+    for check in checks:
+        if count_episodes(check.folder / "episodes"):
+            outputs[f"fooled-{check.step:06d}"] = check.folder / "episodes"
+    return Made(outputs, {
+        "steps": done["steps"], "stopped_by_alarm": done["alarm"],
+        "alarm": [{"step": check.step, **check.row} for check in checks],
+        "curve": [[row["step"], row["imagined_success"]] for row in rows
+                  if "imagined_success" in row],
+        "imagined_frames": sum(row.get("frames", 0) for row in rows),
+        "true_frames": config.true.horizon * sum(c.counts.count for c in checks
+                                                 if not alarm.judges),
+    })  # fmt: skip
+
+
+def evaluate(config: RoundConfig, at: Path, r: int, policy: Path) -> Made:
+    """Greedy success over the same unseen start states in every round."""
+    out = at / "evaluate/evaluation.json"
+    if config.recorded:
+        found = _entered(at, r, policy)
+    else:
+        found = _measured(config, at, policy)
+    success = [bool(flag) for flag in found["success"]]
+    low, high = wilson_interval(sum(success), len(success))
+    atomic_write_text(out, json.dumps(found, indent=2) + "\n")
+    return Made({"evaluation": out}, {
+        "success": sum(success) / len(success), "ci95": [low, high], "successes": sum(success),
+        "episodes": len(success), "dropped": found["dropped"], "true_frames": found["frames"],
+    })  # fmt: skip
+
+
+def _entered(at: Path, r: int, policy: Path) -> dict[str, Any]:
+    """Outcomes that a human wrote down."""
+    paths = [path for path in (at / "evaluate/outcomes.csv", at / "evaluate/outcomes.json")
+             if path.is_file()]  # fmt: skip
+    if not paths:
+        raise Waiting(
+            f"round {r} waits for outcomes: play {policy} on the robot and write a line for each "
+            f"episode into {at}/evaluate/outcomes.csv (columns episode, success), then run the "
+            "loop again"
+        )
+    labels = read_labels(paths[0])
+    success = [label.success for label in labels.values()]
+    return {"episodes": list(labels), "success": success, "frames": 0, "dropped": 0}
+
+
+def _measured(config: RoundConfig, at: Path, policy: Path) -> dict[str, Any]:
+    setting = config.true.evaluation(
+        str(policy), config.evaluation_seed, config.seed, config.grpo.horizon
+    )
+    results = Tally(at / "evaluate/results.json", every=SHARD)
+    left = [i for i in range(config.evaluations) if str(i) not in results.rows]
+    with (
+        Progress(config.evaluations, "evaluate", unit="ep",
+                 initial=config.evaluations - len(left)) as progress,
+        Children(partial(measure, setting), config.processes, config.limit_s) as children,
+    ):  # fmt: skip
+        for number, answer in zip(left, children.map(left), strict=True):
+            row: dict[str, Any] = {"dropped": True}
+            if not isinstance(answer, Dropped):
+                row = {"start": answer.starts[0], "success": bool(answer.success[0]),
+                       "steps": int(answer.steps[0]), "frames": answer.frames}  # fmt: skip
+            results.add(str(number), row)
+            progress.update()
+    results.save()
+    rows = [results.rows[str(i)] for i in range(config.evaluations)]
+    played = [row for row in rows if "dropped" not in row]
+    return {
+        "starts": [row["start"] for row in played],
+        "success": [row["success"] for row in played],
+        "steps": [row["steps"] for row in played],
+        "frames": sum(row["frames"] for row in played),
+        "dropped": len(rows) - len(played),
+    }
+
+
+def decide(config: RoundConfig, at: Path, r: int, best: Path, new: Path) -> Made:
+    """Accept the round's policy where it succeeds at least as often as the best so far."""
+    before, after = (np.mean(read_json(path)["success"]) for path in (best, new))
+    return Made({}, {"accepted": bool(after >= before), "best_before": float(before),
+                     "success": float(after)})  # fmt: skip
