@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,8 +79,9 @@ class PolicyConfig:
 class TokenPolicy:
     """A `Policy` (`engine/policy/base.py`) over logits that a subclass provides.
 
-    temperature: of sampling; 0 is greedy. ``version`` counts weight updates, so that a rollout
-    can say which weights acted.
+    temperature: of sampling; 0 is greedy. ``coherence``: how alike the draws of one action
+    dimension are from step to step, see `uniform_draws`. ``version`` counts weight updates, so that
+    a rollout can say which weights acted.
     """
 
     reads_frames = True
@@ -106,6 +108,7 @@ class TokenPolicy:
             raise UserError(f"temperature is {temperature}; expected 0 (greedy) .. 100")
         self.config, self.network_config, self.statistics = config, network, statistics
         self.temperature = temperature
+        self.coherence = 0.0
         self.version = 0
 
     @property
@@ -122,8 +125,9 @@ class TokenPolicy:
         frames = _latest(observation.frames)
         logits = self.logits(frames, observation.instructions)
         seeds = [derive_seed(seed, episode) for episode in observation.episodes]
-        tokens, logprobs = sample_tokens(logits, seeds, self.temperature)
         spec = self.action_spec
+        uniform = uniform_draws(seeds, spec.chunk, spec.dim, self.coherence)
+        tokens, logprobs = sample_tokens(logits, uniform, self.temperature)
         shape = (len(frames), spec.chunk, spec.dim)
         chosen = tokens.cpu().numpy().reshape(shape)
         return PolicyAction(
@@ -295,25 +299,43 @@ class VLAPolicy(TokenPolicy):
 # ---------------------------------------------------------------- tokens
 
 
+def uniform_draws(
+    seeds: Sequence[int], steps: int, dim: int, coherence: float = 0.0
+) -> npt.NDArray[np.float64]:
+    """Numbers in (0,1) that tokens are drawn at, [B,steps*dim]; row i's depend on seeds[i] alone.
+
+    coherence: correlation rho in [0,1) of a dimension's draws at neighbouring steps (a Gaussian
+    copula, z[t] = rho z[t-1] + sqrt(1 - rho^2) e). Each token keeps its own distribution, so its
+    log-probability and ratio stay what they are; but a chunk deviates in one direction instead of
+    trembling, and what it did is what its reward speaks of. The policy gradient becomes that
+    of the chunk smoothed over time, as with coloured action noise (Eberhard et al. 2023).
+    """
+    if not 0 <= coherence < 1:
+        raise UserError(f"coherence is {coherence}; expected at least 0 and below 1")
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    if coherence == 0:
+        return np.stack([generator.random(steps * dim) for generator in generators])
+    noise = np.stack([generator.standard_normal((steps, dim)) for generator in generators])
+    for t in range(1, steps):
+        noise[:, t] = coherence * noise[:, t - 1] + math.sqrt(1 - coherence**2) * noise[:, t]
+    normal = torch.from_numpy(noise.reshape(len(seeds), -1))
+    return torch.special.ndtr(normal).numpy()
+
+
 def sample_tokens(
-    logits_BNK: Tensor, seeds: Sequence[int], temperature: float
+    logits_BNK: Tensor, uniform_BN: npt.NDArray[np.float64], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B,N] and their log-probabilities [B,N] at ``temperature`` (0: the likeliest, at 1).
 
-    Each token is drawn on its own by inverting its distribution at one uniform number; row i's
-    numbers depend on seeds[i] alone.
+    Each token is drawn by inverting its distribution at its uniform number.
     """
     logp = torch.log_softmax(logits_BNK.float() / (temperature or 1.0), -1)
     if temperature == 0:
         tokens = logp.argmax(-1)
     else:
-        N = logp.shape[1]
-        uniform = np.stack(
-            [np.random.Generator(np.random.Philox(key=seed)).random(N) for seed in seeds]
-        )
         below = logp.double().exp().cumsum(-1)
         # Scaled to the sum, which rounding leaves a little beside one.
-        level = torch.from_numpy(uniform).to(logp.device)[..., None] * below[..., -1:]
+        level = torch.from_numpy(uniform_BN).to(logp.device)[..., None] * below[..., -1:]
         tokens = (below <= level).sum(-1).clamp_max(BINS - 1)
     return tokens, logp.gather(-1, tokens[..., None])[..., 0]
 

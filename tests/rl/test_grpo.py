@@ -169,6 +169,7 @@ def test_bad_input_is_one_clear_line(tmp_path, small_world, small_policy, pool):
     for match, changes in (
         ("group_size is 1", {"group_size": 1}),
         ("temperature is 0", {"temperature": 0.0}),
+        ("coherence is 1", {"coherence": 1.0}),
         ("accuracy_low", {"accuracy_low": 0.9, "accuracy_high": 0.1}),
         ("precision is 'fp8'", {"precision": "fp8"}),
     ):

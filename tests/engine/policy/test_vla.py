@@ -17,6 +17,7 @@ from worldloop.engine.policy.vla import (
     VLAPolicy,
     sample_tokens,
     token_logprobs,
+    uniform_draws,
 )
 from worldloop.errors import UserError
 from worldloop.types import ActionSpec
@@ -55,7 +56,7 @@ def observe(rows: int, seed: int = 0) -> Observation:
 
 def test_samples_follow_the_distribution_and_their_log_probabilities_are_true():
     logits = torch.tensor([0.0, 1.0, 2.0, -50.0]).repeat(1, 20000, 1)
-    tokens, logprobs = sample_tokens(logits, [7], temperature=2.0)
+    tokens, logprobs = sample_tokens(logits, uniform_draws([7], 20000, 1), temperature=2.0)
     weights = [math.exp(x / 2) for x in (0.0, 1.0, 2.0)]
     for token, weight in enumerate(weights):
         share = weight / sum(weights)
@@ -66,14 +67,34 @@ def test_samples_follow_the_distribution_and_their_log_probabilities_are_true():
 
 def test_a_row_is_drawn_from_its_own_seed():
     logits = torch.randn(3, 50, 256, generator=torch.Generator().manual_seed(0))
-    together, _ = sample_tokens(logits, [5, 6, 7], 1.6)
-    alone, _ = sample_tokens(logits[1:2], [6], 1.6)
+    together, _ = sample_tokens(logits, uniform_draws([5, 6, 7], 10, 5), 1.6)
+    alone, _ = sample_tokens(logits[1:2], uniform_draws([6], 10, 5), 1.6)
     assert torch.equal(together[1:2], alone)
-    other, _ = sample_tokens(logits[1:2], [8], 1.6)
+    other, _ = sample_tokens(logits[1:2], uniform_draws([8], 10, 5), 1.6)
     assert not torch.equal(alone, other)
-    greedy, logprobs = sample_tokens(logits, [0, 0, 0], 0)
+    greedy, logprobs = sample_tokens(logits, uniform_draws([0, 0, 0], 10, 5), 0)
     assert torch.equal(greedy, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
+
+
+def test_coherent_draws_are_uniform_each_and_alike_from_step_to_step():
+    draws = uniform_draws(range(4000), 6, 3, coherence=0.8).reshape(4000, 6, 3)
+    for t in range(6):
+        for a in range(3):
+            shares, _ = np.histogram(draws[:, t, a], bins=10, range=(0, 1))
+            assert np.abs(shares / 4000 - 0.1).max() < 0.025
+    normal = torch.special.ndtri(torch.from_numpy(draws)).numpy()
+
+    def correlation(x, y):
+        return float(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+
+    for gap in (1, 2, 4):
+        assert correlation(normal[:, :-gap], normal[:, gap:]) == pytest.approx(0.8**gap, abs=0.03)
+    assert abs(correlation(normal[..., 0], normal[..., 1])) < 0.03  # dimensions stay independent
+    alone = uniform_draws([7], 6, 3, coherence=0.8).reshape(6, 3)
+    np.testing.assert_array_equal(alone, draws[7])
+    with pytest.raises(UserError, match="coherence is 1"):
+        uniform_draws([0], 6, 3, coherence=1)
 
 
 def test_entropy_and_log_probability_against_torch_distributions():
