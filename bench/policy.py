@@ -68,10 +68,14 @@ def policy_flops(config: OpenVLAConfig, prompt: int) -> int:
     return towers + projector + llama.depth * layer + head
 
 
-def make_policy(name: str, device: torch.device, dtype: torch.dtype) -> VLAPolicy:
-    """Random weights of the real shapes, made on the device."""
-    spec = ActionSpec(chunk=8 if name == "7b" else 24)
-    config = OpenVLAConfig() if name == "7b" else tiny_config(spec.dim, spec.chunk)
+def make_policy(
+    name: str, device: torch.device, dtype: torch.dtype, spec: ActionSpec | None = None
+) -> VLAPolicy:
+    """Random weights of the real shapes, made on the device; 8 (7b) or 24 actions, or a spec's."""
+    spec = spec or ActionSpec(chunk=8 if name == "7b" else 24)
+    config = tiny_config(spec.dim, spec.chunk)
+    if name == "7b":
+        config = OpenVLAConfig(action_dim=spec.dim, chunk=spec.chunk)
     with torch.device("meta"):
         network = OpenVLAOFT(config)
     network = network.to(dtype).to_empty(device=device)

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from worldloop import __version__
 from worldloop.config import config_to_dict
@@ -28,6 +29,7 @@ from worldloop.files import atomic_write_text
 from worldloop.track import git_commit
 
 Run = Callable[[], Any]
+Name = TypeVar("Name", bound=str)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
@@ -152,15 +154,12 @@ def kernel_seconds(
     return [first.elapsed_time(last) / 1000 for first, last in pairs]
 
 
-def interleaved(
-    arms: Mapping[str, Run], rounds: int, device: torch.device, *, per_round: int = 1
-) -> dict[str, Times]:
-    """Each arm in turn, `per_round` times, and again for every round; arms must be warm."""
+def interleaved(arms: Mapping[Name, Run], rounds: int, device: torch.device) -> dict[Name, Times]:
+    """Each arm in turn, and again for every round; arms must be warm."""
     times = {name: Times() for name in arms}
     for _ in range(rounds):
         for name, run in arms.items():
-            for _ in range(per_round):
-                times[name].add(run, device)
+            times[name].add(run, device)
     return times
 
 
@@ -228,7 +227,7 @@ def launches(run: Run, device: torch.device) -> dict[str, int]:
     kernels = [
         event
         for event in events
-        if event.device_type() == torch.autograd.DeviceType.CUDA
+        if event.device_type() == DeviceType.CUDA
         and not event.name().startswith(("Memcpy", "Memset"))
     ]
     host = sum(event.name().startswith(_RUNTIME_LAUNCHES) for event in events)

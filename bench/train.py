@@ -1,0 +1,281 @@
+"""`worldloop bench train`: one optimiser step of the world model, beside the matrix ceiling.
+
+The loss, the optimiser and the averaging are those of `worldloop train world-model`; latents are
+synthetic, of the real shape (training reads encoded latents, so no autoencoder runs in a step).
+MFU counts three forward passes of the DiT for each one (forward, and backward twice that), not
+what checkpointing computes again nor the optimiser's own products.
+
+Shape letters: B episodes, C latent channels, F latent frames, T actions, A action dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+
+from worldloop.bench import timing
+from worldloop.bench.worlds import (
+    bench_config,
+    check_preset,
+    default_preset,
+    latent_sides,
+    randomise,
+)
+from worldloop.engine.dit import DiT
+from worldloop.engine.reward import RewardHead
+from worldloop.engine.world_config import WorldModelConfig
+from worldloop.errors import UserError
+from worldloop.training.common import EMA, autocast
+from worldloop.training.optimizer import MuonAdamW
+from worldloop.training.world_model import Batch, Trainee, WorldModelTraining, training_loss
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Time training steps of the world model on synthetic latents; write bench JSON."""
+
+    out: Path = Path("bench/results")
+    preset: str | None = None
+    """tiny, 2b or 14b; without it 2b on a GPU, else tiny."""
+    picture: tuple[int, int] | None = None
+    """Height and width in pixels, for 2b and 14b: 256 256 where none is given."""
+    batch: int | None = None
+    """Episodes a step; 2 on a GPU (halved while it does not fit), else 4."""
+    chunks: int = 2
+    """Chunks of an episode."""
+    repeats: int = 5
+    checkpoint: bool | None = None
+    """Compute blocks again in the backward pass; without it only for the large presets."""
+    precision: str = "auto"
+    """bf16 (autocast), fp32, or auto: bf16 where the machine has it."""
+    threads: int = 2
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_preset(self.preset)
+        timing.positive(self, "batch", "chunks", "repeats", "threads")
+
+
+def synthetic_batch(
+    config: WorldModelConfig, rows: int, chunks: int, device: torch.device
+) -> Batch:
+    """Random latents, poses, rewards and loss weights of the shapes that training sees."""
+    generator = torch.Generator(device).manual_seed(0)
+    h, w = latent_sides(config)
+    frames, spec = config.block * chunks, config.action_spec
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    return Batch(
+        latents=normal(rows, config.dit.latent_channels, 1 + frames, h, w),
+        poses=normal(rows, spec.chunk * chunks, spec.dim),
+        reward=(normal(rows, spec.chunk * chunks) > 0).float(),
+        weight=1 + normal(rows, 1, frames, h, w).abs(),
+    )
+
+
+def forward_flops(config: WorldModelConfig, chunks: int) -> int:
+    """DiT FLOPs of one episode's forward pass: first frame, chunks, and commits between them."""
+    dit, (h, w) = config.dit, latent_sides(config)
+    tokens = (h // dit.patch) * (w // dit.patch)
+    total = dit.flops(1, h, w, actions=False)
+    for k in range(chunks):
+        passes = 2 if k + 1 < chunks else 1
+        total += passes * dit.flops(config.block, h, w, (1 + k * config.block) * tokens)
+    return total
+
+
+@dataclass
+class Split:
+    """Seconds of one step's stages; each ends with the device idle."""
+
+    device: torch.device
+    seconds: dict[str, float]
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        timing.synchronise(self.device)
+        since = time.perf_counter()
+        result = work()
+        timing.synchronise(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
+        return result
+
+
+@contextmanager
+def timed_forward(dit: DiT, split: Split) -> Iterator[None]:
+    """Within the block, the DiT's forward passes are timed as `dit_forward`."""
+    own = dit.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return split.run("dit_forward", lambda: own(*args, **kwargs))
+
+    dit.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        dit.__dict__["forward"] = own
+
+
+class Trainer:
+    """A model with its optimiser and averages, and one fixed batch."""
+
+    def __init__(
+        self, config: TrainBench, world: WorldModelConfig, rows: int, device: torch.device
+    ) -> None:
+        unused = Path("synthetic")
+        self.settings = WorldModelTraining(data=unused, autoencoder=unused, out=unused)
+        self.world, self.config, self.device = world, config, device
+        with torch.device("meta"):
+            model = Trainee(DiT(world.dit), RewardHead(world.reward))
+        self.model = model.to_empty(device=device)
+        randomise(self.model)
+        large = world.dit.learned_positions is None
+        self.checkpoint = large if config.checkpoint is None else config.checkpoint
+        if self.checkpoint:
+            forward = functools.partial(self.model.dit.forward, checkpoint_blocks=True)
+            self.model.dit.__dict__["forward"] = forward
+        self.optimizer = MuonAdamW(self.model, self.settings)
+        self.optimizer.schedule(100, 10_000)  # past the warm-up
+        self.ema = EMA(self.model, self.settings.ema)
+        self.batch = synthetic_batch(world, rows, config.chunks, device)
+
+    def loss(self) -> torch.Tensor:
+        chunk = self.world.action_spec.chunk
+        with autocast(self.device, self.config.precision):
+            losses = training_loss(self.model, self.batch, self.settings, chunk, False)
+        return losses["loss"]
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.update(self.model, 1000)
+
+    def step(self) -> float:
+        """One optimiser step; the loss before it."""
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.update()
+        return float(loss.detach())
+
+    def split_step(self) -> dict[str, float]:
+        """The same step, its stages timed one by one; `rest` is what no stage covers."""
+        split = Split(self.device, {})
+        timing.synchronise(self.device)
+        since = time.perf_counter()
+        with timed_forward(self.model.dit, split):
+            loss = self.loss()
+        self.optimizer.zero_grad()
+        split.run("backward", loss.backward)
+        split.run("optimizer", self.update)
+        total = time.perf_counter() - since
+        rest = total - sum(split.seconds.values())
+        return {**split.seconds, "rest": rest, "total": total}
+
+
+def gate(trainer: Trainer) -> dict[str, float]:
+    """Loss finite, and every parameter with a finite gradient that is not zero; else UserError."""
+    torch.manual_seed(0)
+    loss = trainer.loss()
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    norms = {
+        name: math.nan if p.grad is None else float(p.grad.norm())
+        for name, p in trainer.model.named_parameters()
+    }
+    # There is no text in training, so cross-attention takes no part.
+    wrong = [n for n, v in norms.items() if "cross_attn" not in n and not 0 < v < math.inf]
+    if not math.isfinite(float(loss.detach())) or wrong:
+        raise UserError(f"training step: loss {float(loss)}, no gradient in {wrong[:1]}; no speed")
+    trainer.optimizer.zero_grad()
+    return {"loss": float(loss.detach()), "least_gradient": min(v for v in norms.values() if v > 0)}
+
+
+def bench(config: TrainBench) -> dict[str, Any]:
+    """Measure; the document that is written."""
+    torch.set_num_threads(config.threads)
+    device = timing.device_of(config.device)
+    preset = default_preset(config.preset, device)
+    world = bench_config(preset, config.picture)
+    rows = config.batch or (2 if device.type == "cuda" else 4)
+    too_large: list[int] = []
+    while True:
+        try:
+            trainer = Trainer(config, world, rows, device)
+            parity = gate(trainer)
+            first = timing.time_once(trainer.step, device)[0]
+            break
+        except torch.cuda.OutOfMemoryError:
+            if rows == 1:
+                raise
+        too_large.append(rows)
+        trainer, rows = None, rows // 2  # type: ignore[assignment]
+        torch.cuda.empty_cache()
+    with autocast(device, config.precision):
+        on = torch.is_autocast_enabled(device.type)
+    dtype = torch.bfloat16 if on else torch.float32
+    ceilings = timing.Ceilings(dtype, device).measure()
+    memory = timing.peak_memory(trainer.step, device)
+    times = timing.Times()
+    for _ in range(config.repeats):
+        times.add(trainer.step, device)
+    split = trainer.split_step()
+    ceilings.measure()
+    flops = 3 * rows * forward_flops(world, config.chunks)
+    frames = rows * config.chunks * world.action_spec.chunk
+    step = {
+        "batch": rows,
+        **times.to_dict(),
+        "first_s": first,
+        "episodes_per_s": rows / times.p50,
+        "frames_per_s": frames / times.p50,
+        "tflop": flops / 1e12,
+        "tflops": flops / times.p50 / 1e12,
+        "mfu": flops / times.p50 / ceilings.gemm,
+        "split_s": split,
+        "dit_share": (split["dit_forward"] + split["backward"]) / split["total"],
+        "memory": memory,
+        "out_of_memory": too_large,
+    }
+    values = {
+        "preset": preset,
+        "picture": list(world.picture),
+        "dtype": timing.dtype_name(dtype),
+        "chunks": config.chunks,
+        "checkpoint": trainer.checkpoint,
+        "gate": parity,
+        "ceilings": ceilings.to_dict(),
+        "steps": [step],
+    }
+    return timing.document("train", config, device, config.threads, values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    config = tyro.cli(TrainBench, args=argv, prog="worldloop bench train")
+    found = bench(config)
+    height, width = found["picture"]
+    path = timing.write(config.out, f"train-{found['preset']}-{height}x{width}", found)
+    step = found["steps"][0]
+    print(
+        f"train {found['preset']}, batch {step['batch']} x {found['chunks']} chunks, "
+        f"{found['dtype']}: {step['p50_s']:.3f} s a step, {step['frames_per_s']:.1f} frames/s, "
+        f"MFU {step['mfu']:.0%}, {step['dit_share']:.0%} of the time in the DiT; {path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
