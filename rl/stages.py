@@ -28,7 +28,7 @@ from worldloop.rl.children import Children, Dropped
 from worldloop.rl.collect import count_episodes
 from worldloop.rl.jobs import run_job
 from worldloop.rl.round_config import RoundConfig
-from worldloop.rl.true_env import measure, record_policy
+from worldloop.rl.true_env import Evaluating, measure, record_policy
 from worldloop.track import Progress, read_rows
 
 SHARD = 8  # episodes or results between two writes
@@ -218,16 +218,15 @@ def _entered(at: Path, r: int, policy: Path) -> dict[str, Any]:
 
 
 def _measured(config: RoundConfig, at: Path, policy: Path) -> dict[str, Any]:
-    setting = config.true.evaluation(
-        str(policy), config.evaluation_seed, config.seed, config.grpo.horizon
-    )
+    setting = Evaluating(str(policy), config.evaluation_seed, config.seed, config.grpo.horizon)
     results = Tally(at / "evaluate/results.json", every=SHARD)
-    left = [i for i in range(config.evaluations) if str(i) not in results.rows]
+    count = config.evaluations
+    left = [i for i in range(count) if str(i) not in results.rows]
+    play = partial(measure, config.true, setting)
     with (
-        Progress(config.evaluations, "evaluate", unit="ep",
-                 initial=config.evaluations - len(left)) as progress,
-        Children(partial(measure, setting), config.processes, config.limit_s) as children,
-    ):  # fmt: skip
+        Progress(count, "evaluate", unit="ep", initial=count - len(left)) as progress,
+        Children(play, config.processes, config.limit_s) as children,
+    ):
         for number, answer in zip(left, children.map(left), strict=True):
             row: dict[str, Any] = {"dropped": True}
             if not isinstance(answer, Dropped):
@@ -236,7 +235,7 @@ def _measured(config: RoundConfig, at: Path, policy: Path) -> dict[str, Any]:
             results.add(str(number), row)
             progress.update()
     results.save()
-    rows = [results.rows[str(i)] for i in range(config.evaluations)]
+    rows = [results.rows[str(i)] for i in range(count)]
     played = [row for row in rows if "dropped" not in row]
     return {
         "starts": [row["start"] for row in played],

@@ -20,6 +20,7 @@ from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta
 from worldloop.errors import UserError
+from worldloop.registry import load
 from worldloop.rl.collect import policy_episode
 from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
 from worldloop.rl.evaluate import WORLD, EvaluateConfig, Evaluation, _run
@@ -32,7 +33,8 @@ class TrueEnv:
     """The environment that decides what is true."""
 
     env: str
-    """ManiSkill task, or `world`: a second world model stands for the truth (tests)."""
+    """ManiSkill task; `world`: a second world model stands for the truth (tests); or your own
+    `Recorder` as "package.module:Class", made with this config."""
     horizon: int = 72
     image_size: int = 128
     held_frames: int = 2
@@ -49,18 +51,31 @@ class TrueEnv:
             if not self.world:
                 raise UserError("world: env is `world`; name the checkpoint that is the truth")
             return
+        if ":" in self.env:
+            return
         try:
             task_preset(self.env)
         except ValueError as error:
-            raise UserError(f"env: {error}; or `{WORLD}`") from error
+            raise UserError(f"env: {error}; `{WORLD}`, or your own package.module:Class") from error
 
-    def evaluation(self, policy: str, first_seed: int, seed: int, horizon: int) -> EvaluateConfig:
+    def evaluation(self, config: Evaluating) -> EvaluateConfig:
         """`worldloop evaluate policy` here, greedy, an episode at a time."""
         return EvaluateConfig(
-            policy=policy, env=self.env, first_seed=first_seed, seed=seed, horizon=horizon,
-            image_size=self.image_size, held_frames=self.held_frames, threads=1,
-            world=self.world or "tiny", starts=self.starts, steps=self.steps, rows=1,  # type: ignore[arg-type]
+            policy=config.policy, env=self.env, first_seed=config.first_seed, seed=config.seed,
+            horizon=config.horizon, image_size=self.image_size, held_frames=self.held_frames,
+            world=self.world or "tiny", starts=self.starts, steps=self.steps,  # type: ignore[arg-type]
+            rows=1, threads=1,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """A policy, and the start states that it is measured on."""
+
+    policy: str
+    first_seed: int
+    seed: int
+    horizon: int
 
 
 class Recorder(Protocol):
@@ -141,6 +156,9 @@ class WorldRecorder:
 @lru_cache(maxsize=1)
 def recorder(true: TrueEnv) -> Recorder:
     """The environment of this process: begun once."""
+    if ":" in true.env:
+        own: Recorder = load(true.env)(true)
+        return own
     return WorldRecorder(true) if true.env == WORLD else SimulatorRecorder(true)
 
 
@@ -183,6 +201,18 @@ def record_replay(true: TrueEnv, replay: Replay) -> tuple[Episode, DatasetMeta]:
     return here.play(policy, replay.seed, replay.sim_seed, replay.record), here.meta
 
 
-def measure(config: EvaluateConfig, number: int) -> Evaluation:
-    """Episode ``number`` of an evaluation."""
-    return _run(config, [number], 1, 1)
+def measure(true: TrueEnv, config: Evaluating, number: int) -> Evaluation:
+    """Episode ``number`` of an evaluation, greedy."""
+    if ":" not in true.env:
+        return _run(true.evaluation(config), [number], 1, 1)
+    start = config.first_seed + number
+    episode = recorder(true).play(_policy(config.policy, 0.0), start, None, {})
+    held = held_steps(episode.reward[: config.horizon], true.held_frames)
+    steps = config.horizon if held is None else held
+    return Evaluation((start,), np.array([held is not None]), np.array([steps]), steps, 0.0)
+
+
+def held_steps(reward_T: npt.NDArray[np.float32], frames: int) -> int | None:
+    """Control steps until the success flag has stayed up for that many frames; None: never."""
+    held = np.convolve(reward_T > 0.5, np.ones(frames), "full")[: len(reward_T)] >= frames
+    return int(held.argmax()) + 1 if held.any() else None

@@ -1,9 +1,11 @@
-"""`worldloop data inspect|validate|stats`: what a dataset holds, whether it is whole, its figures.
+"""`worldloop data VERB`: what a dataset holds, whether it is whole, its figures; new ones from old.
 
 inspect    one page of facts, and a contact sheet with --sheet
 validate   reads every episode, every picture and number; names the first thing that is wrong
 stats      fits the controller and the pose statistics that trainers store in a checkpoint, and
            measures how much of the outcome the actions alone betray
+import     recorded or teleoperated episodes become a dataset (`worldloop.training.import_data`)
+merge      several datasets of one task as one; nothing is encoded again
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from PIL import Image
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import atomic_path
+from worldloop.merge import episode_key, merge_datasets
 from worldloop.outcome import actions_only_accuracy, load_actions_only, save_actions_only
 from worldloop.track import Progress
 from worldloop.training.data import fit_action_spec
+from worldloop.training.import_data import ImportConfig, import_data
 from worldloop.types import Episode
 
 
@@ -42,6 +46,14 @@ class ValidateConfig:
     """Read everything in a dataset; the first fault ends it with exit code 2."""
 
     data: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Write the episodes of several datasets of one task as a new one."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,7 @@ def validate(config: ValidateConfig) -> int:
     """Read every episode; raises naming the first fault."""
     dataset = _open(config.data)
     frames = 0
+    seen: dict[tuple[int, str], int] = {}
     with Progress(len(dataset), "validate", unit="ep") as progress:
         for number, episode in enumerate(dataset.stream()):
             where = f"{config.data}: episode {number}"
@@ -130,15 +143,16 @@ def validate(config: ValidateConfig) -> int:
                     f"{dataset.meta.horizon}"
                 )
             frames += len(episode.frames)
+            key = episode_key(episode.seed, episode.actions)
+            if key in seen:
+                raise UserError(f"{where} is episode {seen[key]} once more; merge or collect anew")
+            seen[key] = number
             progress.update()
     if frames != dataset.info["total_frames"]:
         raise UserError(
             f"{config.data}/meta/info.json: total_frames is {dataset.info['total_frames']}, "
             f"its episodes hold {frames}"
         )
-    seeds = dataset.seeds
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"{config.data}: two episodes have one seed; collect into a new folder")
     print(f"{config.data}: {len(dataset)} episodes, {frames} frames, all read, nothing wrong")
     return 0
 
@@ -166,10 +180,19 @@ def stats(config: StatsConfig) -> int:
     return 0
 
 
+def merge(config: MergeConfig) -> int:
+    """Merge and say what came of it."""
+    dataset = merge_datasets(config.data, config.out)
+    print(f"{config.out}: {len(dataset)} episodes, {dataset.success.mean():.0%} successes")
+    return 0
+
+
 _VERBS = {
     "inspect": (InspectConfig, inspect),
     "validate": (ValidateConfig, validate),
     "stats": (StatsConfig, stats),
+    "import": (ImportConfig, import_data),
+    "merge": (MergeConfig, merge),
 }
 
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,31 @@ def process_alive(number: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def new_folder(path: PathLike) -> Iterator[Path]:
+    """A folder beside `path` that takes its name when everything in it is written.
+
+    On any error it is removed. Raises UserError where `path` exists, and for a disk that is full.
+    """
+    final = Path(path)
+    if final.exists():
+        raise UserError(f"{final}: exists; choose another folder, or delete it")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        for left in final.parent.glob(f".{final.name}.*.tmp"):  # by killed processes
+            process = left.name.removeprefix(f".{final.name}.").removesuffix(".tmp")
+            if process.isdigit() and not process_alive(int(process)):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, final)
+        fsync_path(final.parent)
+    except OSError as error:
+        raise disk_error(final, error) or error from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

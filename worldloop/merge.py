@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from worldloop.episodes import DatasetMeta, EpisodeDataset
 from worldloop.errors import UserError
-from worldloop.files import atomic_write_text, disk_error, fsync_path, process_alive
+from worldloop.files import atomic_write_text, fsync_path, new_folder
 from worldloop.lerobot import (
     DATA,
     EPISODES,
@@ -41,31 +40,12 @@ def merge_datasets(sources: Sequence[Path], out: Path) -> EpisodeDataset:
     """
     if not sources:
         raise UserError("merge: no datasets given")
-    if out.exists():
-        raise UserError(f"{out}: exists; choose another folder, or delete it")
     datasets = [EpisodeDataset(source) for source in sources]
     _require_same(datasets)
     _require_distinct(datasets)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        _sweep(out)
-        temporary.mkdir(parents=True)
-        _write(datasets, temporary)
-        os.rename(temporary, out)
-        fsync_path(out.parent)
-    except OSError as error:
-        raise disk_error(out, error) or error from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder:
+        _write(datasets, folder)
     return EpisodeDataset(out)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what killed merges into this folder left."""
-    for path in out.parent.glob(f".{out.name}.*.tmp"):
-        process = path.name.removeprefix(f".{out.name}.").removesuffix(".tmp")
-        if process.isdigit() and not process_alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_same(datasets: Sequence[EpisodeDataset]) -> None:

@@ -74,6 +74,18 @@ def decode_video(path: Path, start: int, count: int, fps: int) -> npt.NDArray[np
     return np.stack(frames)
 
 
+def video_facts(path: Path) -> tuple[int, float]:
+    """Frames and frames a second of a video file; raises ValueError naming the file."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate
+            count = stream.frames or sum(1 for _ in container.demux(stream)) - 1
+            return int(count), float(rate or 0)
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{path}: cannot read the video ({error})") from error
+
+
 def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], fps: float) -> None:
     """Write uint8 pictures [H,W,3] as H.264 yuv420p, which every browser plays; atomic.
 

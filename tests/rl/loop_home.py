@@ -35,7 +35,7 @@ HORIZON = 16
 POOL = 9
 
 
-def small_world(threshold: float = 0.8445, seed: int = 1) -> WorldModel:
+def small_world(threshold: float = 0.9518, seed: int = 1) -> WorldModel:
     """Random weights, pictures of 32 pixels, chunks of 8."""
     torch.set_num_threads(1)
     autoencoder = LIGHT_PRESETS["test"]()
@@ -96,7 +96,7 @@ def write_pool(root: Path, env_id: str = "world", horizon: int = HORIZON) -> Pat
     return root
 
 
-def make_home(home: Path, true_threshold: float = 0.8445) -> RoundConfig:
+def make_home(home: Path, true_threshold: float = 0.9518) -> RoundConfig:
     """World, truth, policy and pool in a folder; the config of a round of seconds."""
     if not (home / "pool").exists():
         small_world().save(home / "world")

@@ -81,7 +81,7 @@ def test_validate(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"success": True}, "success is True, its last reward 0"),
         ({"reward": np.full(T, 0.5, np.float32)}, "reward must be 0 or 1"),
         ({"frames": np.full((T + 1, SIZE, SIZE, 3), 90, np.uint8)}, "one flat colour"),
-        ({"seed": 1}, "two episodes have one seed"),
+        ({"seed": 1, "actions": episode(1).actions}, "episode 40 is episode 1 once more"),
     ],
 )
 def test_validate_names_the_fault(dataset: Path, change: dict[str, object], message: str) -> None:
