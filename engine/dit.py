@@ -16,7 +16,7 @@ one noise level serves all frames).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ from worldloop.engine.dit_layers import (
 )
 from worldloop.engine.rope import cached_rope_table, rope_table
 from worldloop.errors import UserError
+from worldloop.kernels.adaln_lora import adaln_lora
+from worldloop.kernels.op import uses_triton
 
 __all__ = ["KV", "PRESETS", "DiT", "DiTConfig", "DiTOutput"]
 
@@ -156,16 +158,19 @@ class DiT(nn.Module):
         rope = self._rope(first_frame, frames, grid_h, grid_w, x_BFSD.device)
         context = self._context(context, B, skip_null_context)
 
+        modulations = self._modulations(e_BGD, shared_BG3D, context is not None)
+
         kv: list[KV] = []
         for i, block in enumerate(self.blocks):
             past = None if history is None else history[i]
-            inputs = (x_BFSD, e_BGD, shared_BG3D, rope, past, context)
+            inputs = (x_BFSD, e_BGD, shared_BG3D, rope, past, context, modulations[i])
             if checkpoint_blocks and torch.is_grad_enabled():
                 x_BFSD, k, v = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x_BFSD, k, v = block(*inputs)
             if return_kv:
-                kv.append((k, v))
+                # Views behind their history are copied, so that the whole is freed.
+                kv.append((k.contiguous(), v.contiguous()))
         out = self.final_layer(x_BFSD, e_BGD, shared_BG3D)
         # Output patches are (row, column, channel), channel fastest: not the input's order.
         out = out.reshape(B, frames, grid_h, grid_w, config.patch, config.patch, -1)
@@ -215,6 +220,28 @@ class DiT(nn.Module):
             s_BGD = s_BGD + F.pad(self.action_embedder_B_D(poses), padding)
             shared_BG3D = shared_BG3D + F.pad(self.action_embedder_B_3D(poses), padding)
         return self.t_embedding_norm(s_BGD), shared_BG3D
+
+    def _modulations(
+        self, e_BGD: Tensor, shared_BG3D: Tensor, cross: bool
+    ) -> Sequence[Tensor | None]:
+        """For each block [branches,B,G,3D], or None where the block is to compute its own.
+
+        Together where the kernel runs; alone where gradients flow, so that recomputed or sharded
+        blocks stay units of their own.
+        """
+        alone = [None] * self.config.depth
+        if not uses_triton(e_BGD, *self.parameters()):
+            return alone
+        blocks = cast(Sequence[Block], self.blocks)
+        heads = [head for block in blocks for head in block.modulations(cross)]
+        if any(type(layer) is not nn.Linear for head in heads for layer in (head[1], head[2])):
+            return alone  # another arithmetic, such as fp8
+        if self.config.adaln_rank % 8 or self.config.width % 8:
+            return alone
+        down, up = ([cast(nn.Linear, head[i]).weight for head in heads] for i in (1, 2))
+        e_RD, shared_RP = e_BGD.flatten(0, 1).contiguous(), shared_BG3D.flatten(0, 1).contiguous()
+        m_HRP = adaln_lora(e_RD, shared_RP, down, up)
+        return m_HRP.view(self.config.depth, -1, *shared_BG3D.shape).unbind(0)
 
     def _poses(self, actions_BTA: Tensor, B: int, frames: int, observed: int) -> Tensor:
         """Poses grouped as the embedder takes them: [B,1,T*A] or [B,F-observed,poses*A]."""

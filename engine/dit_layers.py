@@ -6,6 +6,7 @@ tokens, L text tokens, D width, h heads, K head dimension, G rows of modulation 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,14 @@ from torch import Tensor, nn
 
 from worldloop.engine.attention import attend
 from worldloop.engine.dit_config import DiTConfig
-from worldloop.engine.rope import apply_rope
+from worldloop.kernels.gated_norm import gated_norm, modulated_norm
+from worldloop.kernels.linear_gelu import linear_gelu
+from worldloop.kernels.op import uses_triton
+from worldloop.kernels.qk_rope import qk_rope_behind, rotate
 
-EPS = 1e-6  # of every LayerNorm and RMSNorm
+EPS = 1e-6  # of every RMSNorm
 
 KV = tuple[Tensor, Tensor]  # keys (after norm and RoPE) and values, each [B,tokens,h,K]
-
-
-def modulated_norm(x_BFSD: Tensor, shift_BGD: Tensor, scale_BGD: Tensor) -> Tensor:
-    """LayerNorm without weights, then (1 + scale) * x + shift, per frame."""
-    normed = F.layer_norm(x_BFSD, x_BFSD.shape[-1:], eps=EPS)
-    return normed * (1 + scale_BGD[:, :, None]) + shift_BGD[:, :, None]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -94,7 +92,11 @@ class MLP(nn.Module):
         self.layer2 = nn.Linear(ratio * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer2(F.gelu(self.layer1(x)))
+        if type(self.layer1) is nn.Linear:
+            hidden = linear_gelu(x, self.layer1.weight)
+        else:  # another arithmetic, such as fp8
+            hidden = F.gelu(self.layer1(x))
+        out: Tensor = self.layer2(hidden)
         return out
 
 
@@ -128,17 +130,25 @@ class Attention(nn.Module):
     def forward(
         self, x_BND: Tensor, source: Tensor, rope: KV | None, history: KV | None
     ) -> tuple[Tensor, KV]:
-        """Attend from x to [history, source]; returns the output and the new keys and values."""
+        """Attend from x to [history, source]; returns the output and the new keys and values
+        (possibly views behind their history)."""
         split = (self.heads, -1)
-        q = self.q_norm(self.q_proj(x_BND).unflatten(-1, split))
-        k = self.k_norm(self.k_proj(source).unflatten(-1, split))
+        q = self.q_proj(x_BND).unflatten(-1, split)
+        k = self.k_proj(source).unflatten(-1, split)
         v = self.v_proj(source).unflatten(-1, split)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have left the norms in fp32
-        seen_k, seen_v = k, v
-        if history is not None:
-            seen_k, seen_v = torch.cat([history[0], k], dim=1), torch.cat([history[1], v], dim=1)
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        if rope is not None and uses_triton(q, k, v, *weights, *(history or ())):
+            q, seen_k, seen_v = qk_rope_behind(q, k, v, weights, rope, history)
+            k, v = seen_k[:, -k.shape[1] :], seen_v[:, -k.shape[1] :]
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None:
+                q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have left the norms in fp32
+            seen_k, seen_v = k, v
+            if history is not None:
+                seen_k = torch.cat([history[0], k], dim=1)
+                seen_v = torch.cat([history[1], v], dim=1)
         q, seen_k, seen_v = q.transpose(1, 2), seen_k.transpose(1, 2), seen_v.transpose(1, 2)
         out = attend(q, seen_k, seen_v, self.implementation)
         projected: Tensor = self.output_proj(out.transpose(1, 2).flatten(2))
@@ -165,6 +175,13 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.mlp_ratio)
         self.adaln_modulation_mlp = _modulation(D, rank, 3)
 
+    def modulations(self, cross: bool) -> list[nn.Sequential]:
+        """The heads that give shift, scale and gate to each branch, in the order of use."""
+        found = [self.adaln_modulation_self_attn]
+        if cross:
+            found.append(self.adaln_modulation_cross_attn)
+        return [*found, self.adaln_modulation_mlp]
+
     def forward(
         self,
         x_BFSD: Tensor,
@@ -173,24 +190,27 @@ class Block(nn.Module):
         rope: KV,
         history: KV | None,
         context_BLD: Tensor | None,
+        modulation: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the tokens and this call's keys and values of self-attention."""
+        """Returns the tokens and this call's keys and values of self-attention.
+
+        modulation: [B,G,3D] for each branch; None: computed here from e and shared.
+        """
         grid = x_BFSD.shape[1:3]
-        m_BG3D = self.adaln_modulation_self_attn(e_BGD) + shared_BG3D
-        shift, scale, gate = m_BG3D.chunk(3, dim=-1)
+        if modulation is None:
+            heads = self.modulations(context_BLD is not None)
+            modulation = [head(e_BGD) + shared_BG3D for head in heads]
+        (shift, scale, gate), *others = (m_BG3D.chunk(3, dim=-1) for m_BG3D in modulation)
         x_BND = modulated_norm(x_BFSD, shift, scale).flatten(1, 2)
         out_BND, (k, v) = self.self_attn(x_BND, x_BND, rope, history)
-        x_BFSD = x_BFSD + gate[:, :, None] * out_BND.unflatten(1, grid)
         if context_BLD is not None:
-            m_BG3D = self.adaln_modulation_cross_attn(e_BGD) + shared_BG3D
-            shift, scale, gate = m_BG3D.chunk(3, dim=-1)
-            x_BND = modulated_norm(x_BFSD, shift, scale).flatten(1, 2)
-            out_BND, _ = self.cross_attn(x_BND, context_BLD, None, None)
-            x_BFSD = x_BFSD + gate[:, :, None] * out_BND.unflatten(1, grid)
-        m_BG3D = self.adaln_modulation_mlp(e_BGD) + shared_BG3D
-        shift, scale, gate = m_BG3D.chunk(3, dim=-1)
-        x_BFSD = x_BFSD + gate[:, :, None] * self.mlp(modulated_norm(x_BFSD, shift, scale))
-        return x_BFSD, k, v
+            shift, scale, next_gate = others[0]
+            x_BFSD, y_BFSD = gated_norm(x_BFSD, out_BND.unflatten(1, grid), gate, shift, scale)
+            out_BND, _ = self.cross_attn(y_BFSD.flatten(1, 2), context_BLD, None, None)
+            gate = next_gate
+        shift, scale, next_gate = others[-1]
+        x_BFSD, y_BFSD = gated_norm(x_BFSD, out_BND.unflatten(1, grid), gate, shift, scale)
+        return torch.addcmul(x_BFSD, next_gate[:, :, None], self.mlp(y_BFSD)), k, v
 
 
 class FinalLayer(nn.Module):

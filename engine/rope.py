@@ -1,7 +1,8 @@
 """Rotary position embedding over (time, height, width), as Cosmos-Predict2 splits it.
 
-Shape letters: B rows, F latent frames, N tokens (time, height, width order), h heads, K head
-dimension.
+The rotation itself is `worldloop.kernels.qk_rope.rotate`.
+
+Shape letters: F latent frames, N tokens (time, height, width order), K head dimension.
 """
 
 import functools
@@ -48,10 +49,3 @@ def cached_rope_table(
     with torch.inference_mode(False):
         positions = torch.arange(first, first + frames, device=device)
         return rope_table(config, positions, height, width)
-
-
-def apply_rope(x_BNhK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by the table's angles; fp32 inside, one rounding."""
-    a, b = x_BNhK.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BNhK.dtype)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from worldloop.errors import UserError
+from worldloop.kernels.solver import flow_x0, solver_step
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Prediction = Literal["velocity", "sample"]
@@ -85,7 +86,7 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, t_BF: Tensor) -> 
     """The clean latents that a network output stands for, in fp32."""
     if prediction == "sample":
         return output.float()
-    return x_t.float() - per_frame(t_BF.float()) * output.float()
+    return flow_x0(x_t, output, t_BF)
 
 
 def target(prediction: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
@@ -122,16 +123,14 @@ def ab2_step(
     x: noisy latents on the sigma scale (x0 + sigma noise). previous: the last step's (x0, sigma);
     None makes this an Euler step. Result in fp32.
     """
-    x64, now = x.double(), x0.double()
     ratio = sigma_next / sigma  # e^-h
     if previous is None:
-        return (ratio * x64 + (1 - ratio) * now).float()
+        return solver_step(x, x0, ratio, 1 - ratio)
     h = math.log(sigma / sigma_next)
     c2 = math.log(sigma / previous[1]) / h  # the last step's place, in units of this one: < 0
     phi1 = (ratio - 1) / -h
     phi2 = (phi1 - 1) / -h
-    weighted = (phi1 - phi2 / c2) * now + phi2 / c2 * previous[0].double()
-    return (ratio * x64 + h * weighted).float()
+    return solver_step(x, x0, ratio, h * (phi1 - phi2 / c2), previous[0], h * phi2 / c2)
 
 
 def reference_sample(
@@ -209,9 +208,9 @@ def streaming_step(
     trained. euler: along the straight line from x_t to x0 (deterministic probability flow).
     """
     if update == "renoise":
-        return (1 - t_next) * x0 + t_next * noise
+        return solver_step(x0, noise, 1 - t_next, t_next)
     if update == "euler":
-        return torch.lerp(x0, x_t, t_next / t)
+        return solver_step(x0, x_t, 1 - t_next / t, t_next / t)
     raise UserError(f"update is {update!r}; expected 'renoise' or 'euler'")
 
 

@@ -214,8 +214,8 @@ class Encoder(nn.Module):
         x: Tensor = self.conv1(x_B3THW, tape)
         for block in (*self.downsamples, *self.middle):
             x = block(x, tape)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), tape), tape.finish()
+        norm, _, conv = self.head
+        return conv(x, tape, norm=norm), tape.finish()
 
 
 class Decoder(nn.Module):
@@ -276,8 +276,8 @@ class Decoder(nn.Module):
             scale = 2 ** sum(isinstance(block, Upsample) for block in self.upsamples)
             size = (scale * z_BCFhw.shape[3], scale * z_BCFhw.shape[4])
             return x.new_empty(x.shape[0], 3, 0, *size), tape.finish()
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), tape, needs[-1]), tape.finish()
+        norm, _, conv = self.head
+        return conv(x, tape, needs[-1], norm), tape.finish()
 
 
 # ---------------------------------------------------------------- the autoencoder

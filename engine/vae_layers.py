@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldloop.kernels.vae_norm import reference_rms_norm, vae_norm
+
 Slots = tuple[Tensor, ...]
 
 ALL = 1 << 30  # "every frame is wanted"; survives the halvings of the upsamplers
@@ -65,16 +67,26 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x: Tensor, tape: Tape, need: int = ALL) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tape: Tape, need: int = ALL, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """norm: applied to x first, then SiLU; the history holds what came out of them."""
         history = tape.take()
         if history is None:
             # One frame with only zeros before it: two of the three temporal taps do no work.
             # The history has its full length from now on, so that clips of any age share a batch.
+            x = x if norm is None else vae_norm(x, norm.gamma)
             tape.new.append(torch.cat([torch.zeros_like(x), x], dim=2))
             y: Tensor = self._conv_forward(x, self.weight[:, :, -1:], self.bias)
             return y
         n = max(0, min(need, x.shape[2]))
-        seen = x if x.shape[2] >= n + HISTORY else torch.cat([history, x], dim=2)
+        if x.shape[2] >= n + HISTORY:
+            seen = _tail(x, n + HISTORY)
+            seen = seen if norm is None else vae_norm(seen, norm.gamma)
+        elif norm is None:
+            seen = torch.cat([history, x], dim=2)
+        else:
+            seen = vae_norm(x, norm.gamma, history)
         # clone: a view would keep the whole pass in memory.
         tape.new.append(_tail(seen, HISTORY).clone())
         if n == 0:
@@ -88,13 +100,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, trailing: int = 3) -> None:
         super().__init__()
-        self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * trailing))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        y: Tensor = x.float() * (self.scale / length.clamp_min(1e-12)) * self.gamma.float()
-        return y.to(x.dtype)
+        return reference_rms_norm(x, self.gamma)
 
 
 class Residual(nn.Module):
@@ -117,9 +126,9 @@ class Residual(nn.Module):
         return need + 2 * HISTORY
 
     def forward(self, x: Tensor, tape: Tape, need: int = ALL) -> Tensor:
-        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        y: Tensor = conv1(silu(norm1(x)), tape, need + HISTORY)
-        y = conv2(silu(norm2(y)), tape, need)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual  # norm and SiLU go with what follows
+        y: Tensor = conv1(x, tape, need + HISTORY, norm1)
+        y = conv2(y, tape, need, norm2)
         if y.shape[2] == 0:
             return y
         out: Tensor = y + self.shortcut(_tail(x, y.shape[2]))

@@ -19,13 +19,13 @@ EPS = 1e-6
 
 def reference_modulated_norm(x_BFSD: Tensor, shift_BGD: Tensor, scale_BGD: Tensor) -> Tensor:
     normed = F.layer_norm(x_BFSD, x_BFSD.shape[-1:], eps=EPS)
-    return normed * (1 + scale_BGD[:, :, None]) + shift_BGD[:, :, None]
+    return torch.addcmul(shift_BGD[:, :, None], normed, 1 + scale_BGD[:, :, None])
 
 
 def reference_gated_norm(
     x_BFSD: Tensor, branch_BFSD: Tensor, gate_BGD: Tensor, shift_BGD: Tensor, scale_BGD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x_BFSD = x_BFSD + gate_BGD[:, :, None] * branch_BFSD
+    x_BFSD = torch.addcmul(x_BFSD, gate_BGD[:, :, None], branch_BFSD)
     return x_BFSD, reference_modulated_norm(x_BFSD, shift_BGD, scale_BGD)
 
 

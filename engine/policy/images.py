@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from worldloop.errors import UserError
+from worldloop.kernels.frames import resample, taps_of
 
 Pictures = npt.NDArray[np.uint8]  # [B,H,W,3]
 _Floats = npt.NDArray[np.float64]
@@ -51,6 +54,39 @@ def prepare_frames(
     if frames.shape[1:3] != (size, size):
         frames = resize_lanczos(frames, size)
     return crop_centre(frames, size) if crop else np.ascontiguousarray(frames)
+
+
+def prepare_tensor(
+    frames_BHW3: Tensor, size: int, *, rotate: bool = False, crop: bool = True
+) -> Tensor:
+    """`prepare_frames` without the JPEG step for frames on a device, which they never leave.
+
+    uint8 [B,H,W,3] to [B,size,size,3] there, the same pixels. Raises UserError as it does.
+    """
+    frames = frames_BHW3
+    good = frames.dtype == torch.uint8 and frames.dim() == 4 and frames.shape[-1] == 3
+    if not good or not frames.numel():
+        raise UserError(
+            f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [B, H, W, 3]"
+        )
+    if rotate:
+        frames = frames.flip(1, 2)
+    if frames.shape[1:3] != (size, size):
+        H, W = frames.shape[1:3]
+        rows, columns = (_taps(False, n, size, frames.device) for n in (H, W))
+        frames = resample(frames, rows, columns, crop=False)
+    if crop:
+        taps = _taps(True, size, size, frames.device)
+        frames = resample(frames, taps, taps, crop=True)
+    return frames.contiguous()
+
+
+@lru_cache(maxsize=16)
+def _taps(crop: bool, source: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    matrix = _crop_matrix(source, size, CROP_AREA) if crop else _lanczos_matrix(source, size)
+    with torch.inference_mode(False):
+        first, weights = taps_of(torch.from_numpy(matrix))
+        return first.to(device), weights.to(device)
 
 
 def jpeg_round_trip(frame_HW3: Pictures) -> Pictures:

@@ -10,6 +10,7 @@ Shape letters: B rows, V images per row, H W pixels, N patches, P prefix tokens,
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloop.errors import UserError
+from worldloop.kernels.frames import normalise
 
 EPS = 1e-6
 
@@ -203,8 +205,15 @@ def normalise_frames(frames_BVHW3: Tensor, dtype: torch.dtype = torch.float32) -
             f"frames are {frames_BVHW3.dtype} {list(frames_BVHW3.shape)}; "
             "expected uint8 [B, views, H, W, 3]"
         )
-    x = frames_BVHW3.movedim(-1, 2).float() / 255
-    towers = []
-    for mean, std in ((DINO_MEAN, DINO_STD), (SIGLIP_MEAN, SIGLIP_STD)):
-        towers.append((x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None])
-    return torch.cat(towers, dim=2).flatten(1, 2).to(dtype)
+    mean, std = _statistics(frames_BVHW3.device)
+    return normalise(frames_BVHW3.flatten(0, 1), mean, std, dtype).unflatten(
+        0, frames_BVHW3.shape[:2]
+    ).flatten(1, 2)  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and deviations of both towers, [6] fp32; kept, so that no call copies to the device."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(DINO_MEAN + SIGLIP_MEAN, dtype=torch.float32, device=device)
+        return mean, torch.tensor(DINO_STD + SIGLIP_STD, dtype=torch.float32, device=device)

@@ -32,7 +32,7 @@ from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.engine.formats.openvla import load_openvla, read_statistics, save_openvla
 from worldloop.engine.policy.action_tokens import BINS, Statistics, from_tokens, to_tokens
 from worldloop.engine.policy.base import Observation, PolicyAction
-from worldloop.engine.policy.images import prepare_frames
+from worldloop.engine.policy.images import prepare_frames, prepare_tensor
 from worldloop.engine.policy.openvla_oft import (
     OpenVLAConfig,
     OpenVLAOFT,
@@ -44,6 +44,7 @@ from worldloop.engine.policy.vision import normalise_frames
 from worldloop.engine.sampler import derive_seed
 from worldloop.errors import UserError
 from worldloop.files import PathLike, atomic_write_text
+from worldloop.kernels.action_logprobs import action_logprobs
 from worldloop.types import Actions, ActionSpec, Frames
 
 POLICY = "policy.json"
@@ -172,23 +173,36 @@ class VLAPolicy(TokenPolicy):
 
     # ------------------------------------------------------------ forward
 
-    def pictures(self, frames_BVHW3: npt.NDArray[np.uint8]) -> Tensor:
-        """Camera frames to the towers' pictures, uint8 [B,V,S,S,3] (`images.prepare_frames`)."""
+    def pictures(self, frames_BVHW3: npt.NDArray[np.uint8] | Tensor) -> Tensor:
+        """Camera frames to the towers' pictures, uint8 [B,V,S,S,3] (`images.prepare_frames`).
+
+        Frames of a world model may be a tensor on its device, and then stay there.
+        """
         config, size = self.config, self.network_config.image_size
+        if isinstance(frames_BVHW3, Tensor):
+            if config.jpeg:
+                raise UserError(
+                    "this policy wants frames behind a JPEG round trip, which is made on the host; "
+                    "give a numpy array, or set jpeg to false in policy.json"
+                )
+            views = frames_BVHW3.shape[:2]
+            flat = frames_BVHW3.flatten(0, 1)
+            pictures = prepare_tensor(flat, size, rotate=config.rotate, crop=config.crop)
+            return pictures.unflatten(0, views)
         frames = np.asarray(frames_BVHW3)
         if frames.ndim != 5 or frames.dtype != np.uint8:
             raise UserError(
                 f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [B, V, H, W, 3]"
             )
         B, V = frames.shape[:2]
-        flat = prepare_frames(
+        prepared = prepare_frames(
             frames.reshape(B * V, *frames.shape[2:]),
             size,
             rotate=config.rotate,
             jpeg=config.jpeg,
             crop=config.crop,
         )
-        return torch.from_numpy(flat).reshape(B, V, size, size, 3)
+        return torch.from_numpy(prepared).reshape(B, V, size, size, 3)
 
     def prompts(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Token ids [B,P] and mask [B,P] (None where no row is padded), on the device."""
@@ -344,9 +358,7 @@ def token_logprobs(
     logits_BNK: Tensor, tokens_BN: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B,N] of tokens and entropies [B,N], in nats; differentiable."""
-    logp = torch.log_softmax(logits_BNK.float() / (temperature or 1.0), -1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, tokens_BN[..., None])[..., 0], entropy
+    return action_logprobs(logits_BNK, tokens_BN, temperature or 1.0)
 
 
 def tokenizer_of(folder: Path) -> Callable[[str], Sequence[int]]:

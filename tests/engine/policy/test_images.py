@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 
@@ -11,6 +12,7 @@ from worldloop.engine.policy.images import (
     crop_centre,
     jpeg_round_trip,
     prepare_frames,
+    prepare_tensor,
     resize_lanczos,
 )
 from worldloop.errors import UserError
@@ -229,6 +231,32 @@ def test_steps_can_be_left_out():
     cropped = prepare_frames(frames, 24, jpeg=False)
     np.testing.assert_array_equal(cropped, crop_centre(frames, 24))
     np.testing.assert_array_equal(prepare_frames(frames, 24), crop_centre(jpeg, 24))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("height", "width", "size"), [(64, 64, 64), (48, 64, 28), (20, 24, 32)])
+@pytest.mark.parametrize(("rotate", "crop"), [(False, True), (True, True), (True, False)])
+def test_frames_on_a_device_become_the_same_pixels(device, height, width, size, rotate, crop):
+    frames = noise(3, height, width, seed=5)
+    here = prepare_frames(frames, size, rotate=rotate, jpeg=False, crop=crop)
+    there = prepare_tensor(torch.from_numpy(frames).to(device), size, rotate=rotate, crop=crop)
+    assert there.device.type == device and there.is_contiguous()
+    np.testing.assert_array_equal(there.cpu().numpy(), here)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_published_sizes_become_the_same_pixels(device):
+    """Every level of every pixel, from the world model's size to the 7b policy's."""
+    frames = np.concatenate([noise(2, 256, 256, seed=6), smooth(256, 256)])
+    here = prepare_frames(frames, 224, jpeg=False)
+    there = prepare_tensor(torch.from_numpy(frames).to(device), 224)
+    np.testing.assert_array_equal(there.cpu().numpy(), here)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (0, 8, 8, 3), (1, 3, 8, 8)])
+def test_tensors_that_are_no_frames_are_refused(shape):
+    with pytest.raises(UserError, match="expected uint8"):
+        prepare_tensor(torch.zeros(shape, dtype=torch.uint8), 8)
 
 
 def test_rows_do_not_mix():
