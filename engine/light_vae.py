@@ -134,11 +134,21 @@ class LightVAE(nn.Module):
         latents: Tensor = self.encoder(groups_NCHW)
         return latents
 
-    def decode_groups(self, latents_NCHW: Tensor) -> Tensor:
-        """Raw latents [N,C,h,w] to folded frames [N,4*3,8h,8w]."""
-        groups: Tensor = self.decoder(latents_NCHW)
+    def decode_groups(self, latents_NCHW: Tensor, only: Only | None = None) -> Tensor:
+        """Raw latents [N,C,h,w] to folded frames [N,4*3,8h,8w], or the last of each [N,3,8h,8w]."""
+        frames = self.temporal
+        if only == "last":
+            conv = self.decoder[-2]
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            x = self.decoder[:-2](latents_NCHW)
+            # Of the last convolution, only the outputs that become the last frame.
+            made = conv.out_channels // frames
+            groups = F.conv2d(x, conv.weight[-made:], conv.bias[-made:], padding=1)
+            groups, frames = F.pixel_shuffle(groups, 2), 1
+        else:
+            groups = self.decoder(latents_NCHW)
         if self.config.picture is not None:
-            groups = groups + self.background.repeat(self.temporal, 1, 1)
+            groups = groups + self.background.repeat(frames, 1, 1)
         return groups
 
     def encode(self, frames: Tensor, stream: Stream | None = None) -> tuple[Tensor, Stream]:
@@ -171,22 +181,32 @@ class LightVAE(nn.Module):
         The first latent of a clip gives one frame, every other four. ``only="last"`` decodes the
         newest frame alone, [B,3,1,8h,8w].
         """
-        B, _, _, h, w = latents.shape
         first = stream is None or not stream.decoder
+        frames = self.decode_frames(latents, first, only)
+        begun = (latents.new_ones(latents.shape[0], 1, dtype=self.dtype),)
+        return frames, Stream(() if stream is None else stream.encoder, begun, latents.shape[0])
+
+    def decode_frames(self, latents: Tensor, first: bool, only: Only | None = None) -> Tensor:
+        """`decode` without its stream, of which it needs only whether a clip begins here."""
+        B, _, _, h, w = latents.shape
         self._check_picture(h * self.spatial, w * self.spatial)
         latents = latents.to(self.dtype)
         kept = latents[:, :, -1:] if only == "last" else latents
         mean, std = self._statistics[:, None, :, None, None]
         raw = kept.transpose(1, 2).flatten(0, 1) * std + mean
-        groups = self.decode_groups(raw.flatten(0, -4))
+        groups = self.decode_groups(raw.flatten(0, -4), only)
+        if only == "last":
+            return groups.unsqueeze(2)
         frames = groups.unflatten(1, (self.temporal, 3)).unflatten(0, (B, -1))
         frames = frames.flatten(1, 2).transpose(1, 2)
-        if only == "last":
-            frames = frames[:, :, -1:]
-        elif first:
-            frames = frames[:, :, self.temporal - 1 :]
-        begun = (latents.new_ones(B, 1),)
-        return frames, Stream(() if stream is None else stream.encoder, begun, B)
+        return frames[:, :, self.temporal - 1 :] if first else frames
+
+    def channels_last(self) -> LightVAE:
+        """Put the weights into channels-last order (faster on CPUs and GPUs); returns the module.
+
+        Convolutions then work in that order throughout, whatever the order of the input.
+        """
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _check_picture(self, height: int, width: int) -> None:
         picture = self.config.picture

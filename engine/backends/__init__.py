@@ -21,8 +21,14 @@ from torch import Tensor, nn
 
 from worldloop.engine import attention as attention_module
 from worldloop.engine.backends.base import BUCKETS, Backend, Call, Calls
-from worldloop.engine.backends.networks import BackedDiT, BackedLightVAE, BackedWanVAE
+from worldloop.engine.backends.networks import (
+    BackedDiT,
+    BackedLightDecoder,
+    BackedLightVAE,
+    BackedWanVAE,
+)
 from worldloop.engine.dit_layers import Attention
+from worldloop.engine.light_decoder import LightDecoder, Redecoded
 from worldloop.engine.light_vae import LightVAE
 from worldloop.engine.vae import WanVAE
 from worldloop.registry import Table, resolve
@@ -57,7 +63,9 @@ def wrap_world(
     backend: str = "eager",
     *,
     attention: str | None = None,
+    decoder: LightDecoder | None = None,
     decoder_backend: str | None = None,
+    channels_last: bool = False,
     buckets: Sequence[int] = BUCKETS,
 ) -> WorldModel:
     """A world model with the same weights whose passes and decoding go through a back end.
@@ -65,6 +73,8 @@ def wrap_world(
     backend, decoder_backend (None: the same one): names of BACKENDS, or "pkg.mod:build".
     attention: None keeps what is set; "auto" measures once on this machine; or a name of
     `attention.NAMES`. It is set on the shared network, so it holds for ``world`` as well.
+    decoder: a distilled decoder that makes the frames, on the world's device and of its dtype.
+    channels_last: put the (shared) autoencoder's weights into channels-last order.
     buckets: rows are padded up to the next of these; more than the largest go in pieces.
     Compiled, captured and built calls are made at the first pass of each shape. Raises UserError
     where a back end or an implementation of attention cannot run.
@@ -84,10 +94,21 @@ def wrap_world(
     wrapped._modules = dict(world._modules)  # copy.copy shares this table
     wrapped.dit = BackedDiT(_plain(world.dit), _calls(dit_build, backend, buckets))
     calls = _calls(vae_build, decoder_backend or backend, buckets)
-    autoencoder = _plain(world.autoencoder)
-    if isinstance(autoencoder, LightVAE):
+    autoencoder: nn.Module = _plain(world.autoencoder)
+    if isinstance(autoencoder, Redecoded):
+        decoder = decoder or _plain(autoencoder.decoder)
+        autoencoder = autoencoder.teacher
+    assert isinstance(autoencoder, LightVAE | WanVAE)
+    if channels_last:
+        autoencoder.channels_last()
+    if decoder is not None:
+        if channels_last:
+            decoder.channels_last()
+        redecoded = Redecoded(autoencoder, BackedLightDecoder(_plain(decoder), calls))
+        wrapped.autoencoder = redecoded  # type: ignore[assignment]
+    elif isinstance(autoencoder, LightVAE):
         wrapped.autoencoder = BackedLightVAE(autoencoder, calls)
-    elif isinstance(autoencoder, WanVAE):
+    else:
         wrapped.autoencoder = BackedWanVAE(autoencoder, calls)
     return wrapped
 
@@ -98,7 +119,7 @@ def _calls(build: Backend, name: str, buckets: Sequence[int]) -> Calls:
 
 def _plain(network: Network) -> Network:
     """The network that a wrapped one was made from; any other one itself."""
-    if isinstance(network, BackedDiT | BackedLightVAE | BackedWanVAE):
+    if isinstance(network, BackedDiT | BackedLightVAE | BackedWanVAE | BackedLightDecoder):
         return network._plain[0]  # type: ignore[return-value]
     return network
 

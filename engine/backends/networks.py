@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from worldloop.engine.backends.base import Calls
 from worldloop.engine.dit import KV, DiT, DiTOutput
+from worldloop.engine.light_decoder import LightDecoder
 from worldloop.engine.light_vae import LightVAE
 from worldloop.engine.vae import Only, Stream, WanVAE
 
@@ -135,8 +136,7 @@ class LightDecode(nn.Module):
         return f"first={self.first}, only={self.only}"
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
-        begun = () if self.first else (latents.new_ones(latents.shape[0], 1),)
-        return (LightVAE.decode(self.vae, latents, Stream((), begun), self.only)[0],)
+        return (self.vae.decode_frames(latents, self.first, self.only),)
 
 
 class BackedLightVAE(LightVAE):
@@ -159,8 +159,44 @@ class BackedLightVAE(LightVAE):
         first = stream is None or not stream.decoder
         vae = self._plain[0]
         (frames,) = self.calls((first, only), lambda: LightDecode(vae, first, only), [latents])
-        begun = (latents.new_ones(B, 1),)
+        begun = (latents.new_ones(B, 1, dtype=self.dtype),)
         return frames, Stream(() if stream is None else stream.encoder, begun, B)
+
+
+class LightDecoderPass(nn.Module):
+    """`LightDecoder.decode_frames` as a pure function of latents [B,C,F,H,W] and the one before."""
+
+    def __init__(self, decoder: LightDecoder, only: Only | None) -> None:
+        super().__init__()
+        self.decoder, self.only = decoder, only
+
+    def extra_repr(self) -> str:
+        return f"only={self.only}"
+
+    def forward(self, latents: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
+        first = before[0] if before else None
+        return (LightDecoder.decode_frames(self.decoder, latents, first, self.only),)
+
+
+class BackedLightDecoder(LightDecoder):
+    """A light decoder whose frames come through a back end."""
+
+    def __init__(self, decoder: LightDecoder, calls: Calls) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(decoder.__dict__)
+        self.calls = calls
+        self._plain = (decoder,)
+
+    def decode_frames(
+        self, latents: Tensor, before: Tensor | None, only: Only | None = None
+    ) -> Tensor:
+        """See `LightDecoder.decode_frames`."""
+        if torch.is_grad_enabled():
+            return super().decode_frames(latents, before, only)
+        self._check_picture(8 * latents.shape[3], 8 * latents.shape[4])
+        decoder, tensors = self._plain[0], [latents, *([] if before is None else [before])]
+        (frames,) = self.calls(only, lambda: LightDecoderPass(decoder, only), tensors)
+        return frames
 
 
 class WanDecode(nn.Module):
