@@ -29,7 +29,9 @@ from torch import Tensor
 from worldloop.bench import timing
 from worldloop.bench.parts import Parts, engine_shares
 from worldloop.bench.published import PublishedDiT, published_step
+from worldloop.bench.roofline import dit_pass, vae_bytes
 from worldloop.bench.worlds import (
+    VAEWork,
     bench_world,
     check_preset,
     default_preset,
@@ -109,6 +111,16 @@ class Arm:
         self.state = start_state(world, rows)
         self.actions = random_actions(world, rows)
         self.steps = int(re.sub(r"\D", "", name)) if name[0] == "C" else 36
+
+    def moved(self, item_bytes: int) -> int:
+        """Bytes that the DiT must move for one chunk of the batch, all elementwise work fused."""
+        config = self.world.config
+        if self.name in PASSES:
+            one = dit_pass(config, config.block + 1, 0, self.rows, item_bytes)
+            return PASSES[self.name] * one.moved
+        history = config.sink + config.window
+        one = dit_pass(config, config.block, history, self.rows, item_bytes)
+        return (self.steps + 1) * one.moved
 
     @property
     def flops(self) -> int:
@@ -220,12 +232,34 @@ def measure(
     return row
 
 
+@dataclass(frozen=True)
+class VAECost:
+    """What one row's chunk asks of the autoencoder."""
+
+    flops: int
+    moved: int  # bytes
+
+
+def vae_costs(plain: WorldModel) -> dict[str, VAECost]:
+    """By arm: the clip and the next first frame as published, or a chunk that continues."""
+    item = next(plain.autoencoder.parameters()).element_size()
+    works: tuple[VAEWork, ...] = ("encode", "decode", "decode_last", "clip")
+    one = {work: VAECost(vae_flops(plain, work), vae_bytes(plain, work, item)) for work in works}
+    clip, encode = one["clip"], one["encode"]
+    published = VAECost(clip.flops + encode.flops, clip.moved + encode.moved)
+    found = {}
+    for name in ARMS:
+        streaming = one["decode_last" if name.endswith("p") else "decode"]
+        found[name] = published if name in PASSES else streaming
+    return found
+
+
 def results_of(
-    arm: Arm, times: timing.Times, row: dict[str, Any], decode_flops: dict[str, int], gemm: float
+    arm: Arm, times: timing.Times, row: dict[str, Any], cost: VAECost, gemm: float
 ) -> dict[str, Any]:
     """The row of one arm: rates, shares of the ceiling, where its time goes."""
     frames = arm.rows * arm.world.action_spec.chunk
-    vae = arm.rows * decode_flops[arm.name]
+    vae = arm.rows * cost.flops
     parts = Parts(arm.world, arm.network)
     with parts:
         total = timing.time_once(arm, arm.world.device)[0]
@@ -235,6 +269,8 @@ def results_of(
         "frames_per_s": frames / times.p50,
         "dit_tflop": arm.flops / 1e12,
         "vae_tflop": vae / 1e12,
+        "dit_gb": arm.moved(arm.world.dit.dtype.itemsize) / 1e9,
+        "vae_gb": arm.rows * cost.moved / 1e9,
         "mfu": (arm.flops + vae) / times.p50 / gemm,
         "dit_mfu": arm.flops / split["dit"] / gemm,
         "vae_tflops": vae / split["vae"] / 1e12,
@@ -293,11 +329,7 @@ def bench(config: RolloutBench) -> dict[str, Any]:
     if "A2" in wanted:
         networks["A2"] = PublishedDiT(plain.dit).compile()
     ceilings = timing.Ceilings(dtype, device).measure()
-    flops = {work: vae_flops(plain, work) for work in ("encode", "decode", "decode_last", "clip")}
-    decode_flops = {name: flops["clip"] + flops["encode"] for name in PASSES}
-    for name in ARMS:
-        if name[0] == "C":
-            decode_flops[name] = flops["decode_last" if name.endswith("p") else "decode"]
+    costs = vae_costs(plain)
 
     def make(name: str, rows: int) -> Arm:
         own = plain if name[0] == "A" else world
@@ -322,7 +354,7 @@ def bench(config: RolloutBench) -> dict[str, Any]:
                     times[name].add(arm, device)
         ceilings.measure()
         for (name, _), arm in arms.items():
-            row = results_of(arm, times[name], fresh[name], decode_flops, ceilings.gemm)
+            row = results_of(arm, times[name], fresh[name], costs[name], ceilings.gemm)
             if name not in ("A0", "A2"):  # A0 is twice A1; a profile of it takes minutes
                 row["launches"] = timing.launches(arm, device)
             print(line_of(row), flush=True)

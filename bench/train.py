@@ -36,8 +36,10 @@ from worldloop.engine.reward import RewardHead
 from worldloop.engine.world_config import WorldModelConfig
 from worldloop.errors import UserError
 from worldloop.training.common import EMA, autocast
+from worldloop.training.latents import Batch
 from worldloop.training.optimizer import MuonAdamW
-from worldloop.training.world_model import Batch, Trainee, WorldModelTraining, training_loss
+from worldloop.training.world_loss import Trainee, training_flops, training_loss
+from worldloop.training.world_model import WorldModelTraining
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,6 @@ def synthetic_batch(
     )
 
 
-def forward_flops(config: WorldModelConfig, chunks: int) -> int:
-    """DiT FLOPs of one episode's forward pass: first frame, chunks, and commits between them."""
-    dit, (h, w) = config.dit, latent_sides(config)
-    tokens = (h // dit.patch) * (w // dit.patch)
-    total = dit.flops(1, h, w, actions=False)
-    for k in range(chunks):
-        passes = 2 if k + 1 < chunks else 1
-        total += passes * dit.flops(config.block, h, w, (1 + k * config.block) * tokens)
-    return total
-
-
 @dataclass
 class Split:
     """Seconds of one step's stages; each ends with the device idle."""
@@ -134,18 +125,16 @@ class Trainer:
     def __init__(
         self, config: TrainBench, world: WorldModelConfig, rows: int, device: torch.device
     ) -> None:
-        unused = Path("synthetic")
-        self.settings = WorldModelTraining(data=unused, autoencoder=unused, out=unused)
+        unused, large = Path("synthetic"), world.dit.learned_positions is None
+        self.checkpoint = large if config.checkpoint is None else config.checkpoint
+        self.settings = WorldModelTraining(
+            data=(unused,), autoencoder=unused, out=unused, checkpoint_blocks=self.checkpoint
+        )
         self.world, self.config, self.device = world, config, device
         with torch.device("meta"):
             model = Trainee(DiT(world.dit), RewardHead(world.reward))
         self.model = model.to_empty(device=device)
         randomise(self.model)
-        large = world.dit.learned_positions is None
-        self.checkpoint = large if config.checkpoint is None else config.checkpoint
-        if self.checkpoint:
-            forward = functools.partial(self.model.dit.forward, checkpoint_blocks=True)
-            self.model.dit.__dict__["forward"] = forward
         self.optimizer = MuonAdamW(self.model, self.settings)
         self.optimizer.schedule(100, 10_000)  # past the warm-up
         self.ema = EMA(self.model, self.settings.ema)
@@ -233,7 +222,7 @@ def bench(config: TrainBench) -> dict[str, Any]:
         times.add(trainer.step, device)
     split = trainer.split_step()
     ceilings.measure()
-    flops = 3 * rows * forward_flops(world, config.chunks)
+    flops = training_flops(world.dit, trainer.batch, world.action_spec.chunk)
     frames = rows * config.chunks * world.action_spec.chunk
     step = {
         "batch": rows,

@@ -8,10 +8,9 @@ frame alone must equal the last frame of all, and a batch must equal its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import tyro
@@ -19,17 +18,18 @@ from torch import Tensor
 
 from worldloop.bench import timing
 from worldloop.bench.worlds import (
+    VAEWork,
     bench_world,
     check_preset,
     default_preset,
     vae_flops,
+    vae_work,
 )
 from worldloop.engine.vae import WanVAE
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
-Work = Literal["encode", "encode_chunk", "decode", "decode_last", "clip"]
-WORKS: tuple[Work, ...] = get_args(Work)
+WORKS: tuple[VAEWork, ...] = get_args(VAEWork)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2
 
 
@@ -59,40 +59,14 @@ class VAEBench:
             raise UserError("batches must be at least 1")
 
 
-def works(world: WorldModel, rows: int, dtype: torch.dtype) -> dict[Work, Callable[[], Tensor]]:
-    """Every kind of work on `rows` clips of random pixels and latents, ready to call."""
-    vae, config = world.autoencoder, world.config
-    device, (H, W) = world.device, config.picture
-    generator = torch.Generator(device).manual_seed(0)
-
-    def pixels(frames: int) -> Tensor:
-        shape = (rows, 3, frames, H, W)
-        return torch.rand(shape, generator=generator, device=device).to(dtype) * 2 - 1
-
-    first, chunk = pixels(1), pixels(config.action_spec.chunk)
-    latent, stream = vae.encode(first)
-    _, stream = vae.decode(latent, stream)
-    shape = (rows, latent.shape[1], config.block, *latent.shape[3:])
-    more = torch.randn(shape, generator=generator, device=device).to(dtype)
-    clip = torch.cat([latent.to(dtype), more], 2)
-    return {
-        "encode": lambda: vae.encode(first)[0],
-        "encode_chunk": lambda: vae.encode(chunk, stream)[0],
-        "decode": lambda: vae.decode(more, stream)[0],
-        "decode_last": lambda: vae.decode(more, stream, only="last")[0],
-        "clip": lambda: vae.decode(clip)[0],
-    }
-
-
 def relative_l2(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def gate(world: WorldModel, dtype: torch.dtype) -> dict[str, float]:
     """decode_last against decode, and two clips against each alone; UserError beyond tolerance."""
-    runs = works(world, 2, dtype)
-    every = runs["decode"]()
-    found = {"last_frame": relative_l2(runs["decode_last"](), every[:, :, -1:])}
+    every, last = vae_work(world, "decode", 2)(), vae_work(world, "decode_last", 2)()
+    found = {"last_frame": relative_l2(last, every[:, :, -1:])}
     vae, config = world.autoencoder, world.config
     shape = (2, config.dit.latent_channels, config.block + 1, *config.reward.grid)
     latents = torch.randn(shape, device=world.device).to(dtype)
@@ -123,7 +97,7 @@ def bench(config: VAEBench) -> dict[str, Any]:
     full: set[str] = set()  # kinds of work that ran out of memory at a smaller batch
     for batch in sorted(config.batches):
         try:
-            runs = works(world, batch, dtype)
+            runs = {work: vae_work(world, work, batch) for work in WORKS}
         except torch.cuda.OutOfMemoryError:
             rows.append({"work": "encode", "batch": batch, "out_of_memory": True})
             torch.cuda.empty_cache()

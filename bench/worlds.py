@@ -9,6 +9,7 @@ Shape letters: B rows, T actions, A action dim, F latent frames, h w latent side
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldloop.engine.dit_config import DiTConfig
@@ -29,6 +30,8 @@ from worldloop.errors import UserError
 from worldloop.rl.starts import load_starts
 from worldloop.types import ActionSpec
 
+# Of a random world: no controller is fitted to it, so its poses are given as they are.
+ACTIONS = ActionSpec(kind="absolute_pose")
 NULL_TEXT_TOKENS = 512  # the all-zero text of the published action pipeline
 
 
@@ -59,7 +62,7 @@ def bench_config(name: str, picture: tuple[int, int] | None) -> WorldModelConfig
         raise UserError(f"picture is {height} {width}; sides must be multiples of {multiple}")
     dit = replace(config.dit, action_layout="per_frame", rope_dtype="float32")
     reward = RewardConfig(config.dit.latent_channels, (height // 8, width // 8))
-    return replace(config, dit=dit, reward=reward, action_spec=ActionSpec())
+    return replace(config, dit=dit, reward=reward, action_spec=ACTIONS)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -178,33 +181,51 @@ def streaming_flops(config: WorldModelConfig, steps: int) -> int:
     return (steps + 1) * dit.flops(config.block, h, w, history)
 
 
-def vae_flops(
-    world: WorldModel, work: Literal["encode", "encode_chunk", "decode", "decode_last", "clip"]
-) -> int:
-    """Matrix and convolution FLOPs of one row, counted while it runs.
+VAEWork = Literal["encode", "encode_chunk", "decode", "decode_last", "clip"]
+
+
+def vae_work(world: WorldModel, work: VAEWork, rows: int = 1) -> Callable[[], Tensor]:
+    """Work of the autoencoder on random pixels and latents, ready to call.
 
     encode: one first frame. encode_chunk: a chunk's frames after it. decode, decode_last: a chunk
     that continues a stream, all its frames or the last one. clip: first frame and chunk, afresh.
     """
-    config, vae = world.config, world.autoencoder
-    like = next(vae.parameters())
-    h, w = latent_sides(config)
-    frames = torch.randn(1, 3, 1, *config.picture, device=like.device).clamp(-1, 1)
+    vae, config = world.autoencoder, world.config
+    like, (h, w) = next(vae.parameters()), latent_sides(config)
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(rows, *shape, dtype=like.dtype, device=like.device)
+
+    first = normal(3, 1, *config.picture).clamp(-1, 1)
+    chunk = normal(3, config.action_spec.chunk, *config.picture).clamp(-1, 1)
     with torch.no_grad():
-        latent, stream = vae.encode(frames)
+        latent, stream = vae.encode(first)
         _, stream = vae.decode(latent, stream)
-        more = torch.randn(1, config.dit.latent_channels, config.block, h, w, device=like.device)
-        chunk = frames.repeat(1, 1, config.action_spec.chunk, 1, 1)
-        runs = {
-            "encode": lambda: vae.encode(frames),
-            "encode_chunk": lambda: vae.encode(chunk, stream),
-            "decode": lambda: vae.decode(more, stream),
-            "decode_last": lambda: vae.decode(more, stream, only="last"),
-            "clip": lambda: vae.decode(torch.cat([latent.float(), more], 2)),
-        }
-        with FlopCounterMode(display=False) as counter:
-            runs[work]()
+    more = normal(config.dit.latent_channels, config.block, h, w)
+    clip = torch.cat([latent, more], 2)
+    return {
+        "encode": lambda: vae.encode(first)[0],
+        "encode_chunk": lambda: vae.encode(chunk, stream)[0],
+        "decode": lambda: vae.decode(more, stream)[0],
+        "decode_last": lambda: vae.decode(more, stream, only="last")[0],
+        "clip": lambda: vae.decode(clip)[0],
+    }[work]
+
+
+def vae_flops(world: WorldModel, work: VAEWork) -> int:
+    """Matrix and convolution FLOPs of one row's work, counted while it runs (or on `meta`)."""
+    run = vae_work(world, work)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
     return int(counter.get_total_flops())
+
+
+def meta_world(config: WorldModelConfig) -> WorldModel:
+    """A world model of shapes only, to count with."""
+    with torch.device("meta"):
+        world = WorldModel(config)
+    return world.to("meta")
 
 
 def results_folder() -> Path:

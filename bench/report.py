@@ -1,0 +1,422 @@
+"""`worldloop bench report`: docs/speed.md, docs/cost.md and the roofline pictures from results.
+
+Every figure on the pages comes from a file in bench/results, or is marked as computed. A page is
+written anew each time: to change a sentence, change it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from worldloop.bench import cost
+from worldloop.bench.compare import IDENTITY
+from worldloop.bench.roofline import H200, PLAN, draw, points_of
+from worldloop.config import read_json
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+
+Document = Mapping[str, Any]
+
+# What issue and roofline ask for: (device, preset, picture, what, value in the file, least).
+CPU_TARGETS = (("B", "A0", 2.2), ("C4", "A0", 8.0))
+GPU_TARGETS = (("B", "A2", 1.25), ("C4", "A0", 10.0))
+OUTSIDE = 0.10
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the speed and cost pages from benchmark results."""
+
+    results: Path = Path("bench/results")
+    docs: Path = Path("docs")
+
+
+def read_results(folder: Path) -> dict[str, Document]:
+    """Every bench document of a folder by file name. Raises UserError where there is none."""
+    found: dict[str, Document] = {p.name: read_json(p) for p in sorted(folder.glob("*.json"))}
+    if not found:
+        raise UserError(f"{folder}: holds no results; run `worldloop bench rollout` first")
+    for name, document in found.items():
+        if "bench" not in document or "machine" not in document:
+            raise UserError(f"{folder / name}: not a benchmark's result; move it elsewhere")
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Significant digits, without an exponent where the figure is of everyday size."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        text = f"{value:.{digits}g}"
+        return f"{value:,.0f}" if "e" in text or abs(value) >= 1000 else text
+    return f"{value:.{digits - 1}e}"
+
+
+def where(document: Document) -> str:
+    """One line: what ran, on what."""
+    machine, versions = document["machine"], document["versions"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{device}; torch {versions['torch']}; commit `{document['commit']}`"
+
+
+# speed.md ----------------------------------------------------------------------------------------
+
+SPEED = """# Speed
+
+Made by `worldloop bench report` from the files in [bench/results](../bench/results). No figure here
+is without the run that made it.
+
+Rules of the measurement: same weights, noise, sigma schedule, actions and shapes for all arms; one
+process; arms in turn in every round (ABAB...); warm; random or real data, never zeros; matrix
+product and copy ceilings measured before and after in the same run; compile time apart. Before any
+speed the arms' latents must agree to a relative L2 of 1e-3 in fp32. `worldloop bench compare OLD
+NEW` fails where a new run is slower than an old one.
+
+- **A0**: as published, around diffusers' own `CosmosTransformer3DModel`: 35 steps and one more
+  evaluation, each with its guidance pass (72 passes); the whole clip decoded, the last frame
+  encoded again.
+- **A1**: A0 without the guidance pass, whose inputs are those of the other one: exact.
+- **A2**: A1 through `torch.compile`.
+- **B**: the engine, the same 36 evaluations, equal output.
+- **C4, C2, C1**: the engine's streaming sampler: 4, 2 or 1 steps, and the pass that commits the
+  chunk to the history (full: 13 latent frames).
+- **C4p, C2p, C1p**: the same, decoding only the frame that the policy sees next (exact).
+
+B over A is engineering, C over B is another algorithm (few steps against a cached history, for
+which the weights must be trained); the pages never multiply the two. diffusers' network has no
+action embedder: the arms add the embedding of each latent frame's poses to its time embedding, as
+the published pipeline does. Two things in A are diffusers' own: it repeats a frame's timestep for
+each token and so computes the modulation per token, and, where the model has cross-attention, it
+attends to 512 null tokens. `tiny` has no cross-attention, so its A arms have none either.
+
+MFU: counted FLOPs of DiT and autoencoder over time and the measured matrix-product ceiling; DiT MFU
+is that of the DiT alone. A convolution may pass 100 %: it can do with fewer multiplications than
+are counted. The split is timed call by call in one more chunk.
+"""
+
+
+def rollout_section(name: str, document: Document) -> list[str]:
+    """One rollout file: gate, arms, speed-ups, shares, picture."""
+    height, width = document["picture"]
+    ceilings, gate = document["ceilings"], document["gate_fp32"]
+    checked = {k: v for k, v in gate.items() if k != "policy_frame"}
+    lines = [
+        f"## Rollout: `{document['preset']}`, {height}x{width}, {document['dtype']}",
+        "",
+        f"[{name}](../bench/results/{name}): {where(document)}; engine back end "
+        f"`{document['backend']}`, attention `{document['attention']}`. Ceilings in this run: "
+        f"{number(ceilings['gemm_tflops'])} TFLOP/s, {number(ceilings['copy_gb_per_s'])} GB/s.",
+        "",
+        "Gate, fp32, relative L2 of the engine against diffusers: "
+        + ", ".join(f"{k.replace('_', ' ')} {v:.1e}" for k, v in checked.items())
+        + ("" if "chunk" in gate else " (whole chunks were not compared in this run)")
+        + ".",
+        "",
+    ]
+    rows = []
+    for row in document["arms"]:
+        if "p50_s" not in row:
+            rows.append([row["arm"], str(row["batch"]), "out of memory", *[""] * 8])
+            continue
+        split, launches = row["split_s"], row.get("launches") or {}
+        memory = row["memory"].get("peak_gib") or row["memory"].get("process_peak_gib")
+        rows.append(
+            [
+                row["arm"],
+                str(row["batch"]),
+                number(row["p50_s"]),
+                number(row["p95_s"]),
+                number(row["frames_per_s"]),
+                f"{row['mfu']:.0%}",
+                f"{row['dit_mfu']:.0%}",
+                number(row["vae_tflops"]),
+                f"{split['dit'] / split['total']:.0%} / {split['vae'] / split['total']:.0%}",
+                f"{next(iter(launches.values())):,}" if launches else "",
+                number(memory),
+            ]
+        )
+    gpu = document["machine"]["gpu"]
+    head = ["arm", "batch", "s/chunk p50", "p95", "frames/s", "MFU", "DiT MFU", "VAE TFLOP/s",
+            "DiT / VAE time", "kernels" if gpu else "torch operators",
+            "peak GiB" if gpu else "process peak GiB"]  # fmt: skip
+    lines += table(head, rows)
+    compiled = [r for r in document["arms"] if "compile_s" in r]
+    for row in compiled:
+        lines += [
+            "",
+            f"Compilation of A2 at batch {row['batch']}, apart: {number(row['compile_s'])} s.",
+        ]
+    lines += ["", *table(["speed-up", "batch", "times"], speedup_rows(document))]
+    lines += ["", *target_lines(document)]
+    picture = roofline_name(name)
+    lines += [
+        "",
+        f"![roofline](img/{picture})",
+        "",
+        "*Bytes are the least that must move (weights once a pass, history, elementwise work "
+        "fused); the roof is what this machine did in this run.*",
+        "",
+    ]
+    return lines
+
+
+def speedup_rows(document: Document) -> list[list[str]]:
+    return [
+        [f"{r['arm']} over {r['over']}", str(r["batch"]), f"{r['times']:.2f}"]
+        for r in document["speedups"]
+    ]
+
+
+def target_lines(document: Document) -> list[str]:
+    """Each target, met or missed."""
+    targets: tuple[tuple[str, str, float], ...] = ()
+    if document["preset"] == "tiny" and document["machine"]["gpu"] is None:
+        targets = CPU_TARGETS
+    elif document["preset"] == "2b" and document["machine"]["gpu"]:
+        targets = GPU_TARGETS
+    lines = []
+    for arm, over, least in targets:
+        found = [r for r in document["speedups"] if (r["arm"], r["over"]) == (arm, over)]
+        if not found:
+            lines.append(f"- {arm} at least {least}x {over}: not measured in this run.")
+            continue
+        best = found[-1]["times"]
+        verdict = "met" if best >= least else "**missed**"
+        lines.append(f"- {arm} at least {least}x {over}: {best:.2f}x, {verdict}.")
+    shares = document.get("shares")
+    if shares:
+        part = shares["seconds"]
+        total = shares["total_s"]
+        verdict = "met" if shares["outside"] <= OUTSIDE else "**missed**"
+        lines.append(
+            f"- Outside DiT, VAE and policy at most {OUTSIDE:.0%} of a rollout: "
+            f"{shares['outside']:.1%}, {verdict} (`RolloutEngine`, batch {shares['batch']}, "
+            f"{shares['steps']} steps, policy's frame only: DiT {part['dit'] / total:.0%}, VAE "
+            f"{part['vae'] / total:.0%}, policy {part['policy'] / total:.0%}, reward head "
+            f"{part['reward'] / total:.1%}; {number(shares['frames_per_s'])} frames/s with the "
+            "policy in the loop)."
+        )
+    return lines
+
+
+def roofline_name(result: str) -> str:
+    return f"roofline-{result.removeprefix('rollout-').removesuffix('.json')}.png"
+
+
+def rows_section(title: str, name: str, document: Document, key: str) -> list[str]:
+    """A file whose list `key` holds timed rows: what tells them apart, and their figures."""
+    rows = [row for row in document[key] if "p50_s" in row]
+    if not rows:
+        return []
+    labels = [k for k in IDENTITY if k in rows[0]]
+    shown = [
+        ("ms p50", lambda r: number(1000 * r["p50_s"])),
+        ("p95", lambda r: number(1000 * r["p95_s"])),
+        ("TFLOP/s", lambda r: number(r["tflops"])),
+        ("GB/s", lambda r: number(r["gb_per_s"])),
+        ("of the GEMM ceiling", lambda r: f"{r['share_of_gemm_ceiling']:.0%}"),
+        ("MFU", lambda r: f"{r['mfu']:.0%}"),
+        ("frames/s", lambda r: number(r["frames_per_s"])),
+        ("DiT share of time", lambda r: f"{r['dit_share']:.0%}"),
+    ]
+    needed = {"TFLOP/s": "tflops", "GB/s": "gb_per_s", "frames/s": "frames_per_s", "MFU": "mfu",
+              "of the GEMM ceiling": "share_of_gemm_ceiling",
+              "DiT share of time": "dit_share"}  # fmt: skip
+    shown = [(h, f) for h, f in shown if needed.get(h, "p50_s") in rows[0]]
+    body = [[str(row[k]) for k in labels] + [f(row) for _, f in shown] for row in rows]
+    return [
+        f"## {title}",
+        "",
+        f"[{name}](../bench/results/{name}): {where(document)}.",
+        "",
+        *table([*labels, *(h for h, _ in shown)], body),
+        "",
+    ]
+
+
+def policy_section(name: str, document: Document) -> list[str]:
+    return [
+        f"## Policy: `{document['preset']}`",
+        "",
+        f"[{name}](../bench/results/{name}): {where(document)}. Batch {document['batch']}, "
+        f"{document['dtype']}: {number(document['ms_per_observation'])} ms an observation (p95 "
+        f"{number(document['ms_per_observation_p95'])}), "
+        f"{number(document['ms_per_observation_with_image_chain'])} ms with the image chain; "
+        f"{document['share_of_gemm_ceiling']:.0%} of the matrix-product ceiling.",
+        "",
+    ]
+
+
+def speed_page(documents: Mapping[str, Document]) -> str:
+    """The whole of docs/speed.md."""
+    lines = [SPEED]
+    if not any(d["machine"]["gpu"] for d in documents.values()):
+        lines += [
+            "**No GPU run is committed yet**: the GPU paths and targets of this page are not "
+            "measured. `make gpu` on a GPU machine runs them all.",
+            "",
+        ]
+    for name, document in documents.items():
+        kind = document["bench"]
+        if kind == "rollout":
+            lines += rollout_section(name, document)
+    for name, document in documents.items():
+        kind, preset = document["bench"], document.get("preset")
+        if kind == "vae":
+            height, width = document["picture"]
+            title = f"Autoencoder: `{preset}`, {height}x{width}, {document['dtype']}"
+            lines += rows_section(title, name, document, "works")
+        elif kind == "train":
+            height, width = document["picture"]
+            title = (
+                f"Training step: `{preset}`, {height}x{width}, {document['dtype']}, "
+                f"{document['chunks']} chunks an episode"
+            )
+            lines += rows_section(title, name, document, "steps")
+        elif kind == "policy":
+            lines += policy_section(name, document)
+        elif kind == "kernels":
+            rows = next((k for k, v in document.items() if _is_timed(v)), None)
+            if rows is not None:
+                lines += rows_section("Kernels", name, document, rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_timed(value: Any) -> bool:
+    return isinstance(value, list) and any("p50_s" in row for row in value)
+
+
+# cost.md -----------------------------------------------------------------------------------------
+
+COST = f"""# What one task costs
+
+Made by `worldloop bench report`. The workload is a choice of ours: {cost.STEPS} optimisation steps,
+{cost.CHUNKS} chunks ({24 * cost.CHUNKS} frames) an episode, groups of 8 over 8 or 64 start states.
+Hours are of one device, all parts one after the other; nothing is modelled of communication between
+devices, of episodes that end early or of groups that are thrown away. **Measured** parts are timed
+by a run whose file is named; **computed** ones are arithmetic, and say so.
+"""
+
+PAPER = f"""## Against the paper
+
+The paper reports {cost.PAPER_HOURS} hours of reinforcement learning for one task within 50
+optimisation steps, and about 7 seconds for a batched generation of 24 frames on a node of H100
+GPUs. It does not say how many episodes a step has, how many GPUs the node has, how large a batch
+is, or at which resolution. {cost.PAPER_HOURS} h at 7 s are at most
+{cost.PAPER_HOURS * 3600 // 7:,} batched chunks; how many episodes that is depends on the batch.
+**So no speed-up over the {cost.PAPER_HOURS} hours can be claimed**, from any figure on this page:
+the workloads are not known to be the same. What can be compared is the published *procedure* with
+ours on the same workload and device: rows A0 and C above.
+"""
+
+
+def cost_rows(parts: Sequence[cost.Part]) -> list[list[str]]:
+    return [
+        [p.name, number(1000 * p.seconds), *(number(p.hours(n)) for n in cost.GROUPS.values()),
+         p.source]
+        for p in parts
+    ]  # fmt: skip
+
+
+def cost_page(documents: Mapping[str, Document]) -> str:
+    """The whole of docs/cost.md."""
+    head = ["part", "ms a chunk and episode", *(f"h, {g}" for g in cost.GROUPS), "source"]
+    lines = [COST]
+    gpu = cost.measured(documents, "gpu")
+    if gpu:
+        lines += ["## On a GPU, measured", ""]
+        for name, parts in gpu.items():
+            lines += [f"### {name}", "", *table(head, cost_rows(parts)), ""]
+    else:
+        lines += [
+            "## On a GPU",
+            "",
+            "**Not measured: no GPU run is committed.** Everything about `2b` below is computed.",
+            "",
+        ]
+    lines += [
+        "## `2b` with a 7b policy on one H200, computed",
+        "",
+        "Counted FLOPs and bytes over rates. *Floor*: "
+        f"{H200.gemm / 1e12:.0f} TFLOP/s for matrix products, {H200.copy / 1e12:.1f} TB/s for "
+        "copies (measured once on such a card, not by the runs here), "
+        f"{H200.attention / 1e12:.0f} TFLOP/s for attention (an assumption), the autoencoder at "
+        f"the matrix-product rate. *Plan*: {PLAN.gemm / 1e12:.0f}, {PLAN.copy / 1e12:.1f} TB/s, "
+        f"{PLAN.attention / 1e12:.0f} and {PLAN.vae / 1e12:.0f} TFLOP/s, an estimate of what a "
+        "tuned program reaches. Neither is a measurement.",
+        "",
+    ]
+    for picture in ((256, 256), (480, 640)):
+        floor, plan = (cost.computed(picture, rates) for rates in (H200, PLAN))
+        columns = ["part", *(f"h, {g}: floor / plan" for g in cost.GROUPS)]
+        body = [
+            [a.name, *(f"{number(a.hours(n))} / {number(b.hours(n))}"
+                       for n in cost.GROUPS.values())]
+            for a, b in zip(floor, plan, strict=True)
+        ]  # fmt: skip
+        for label, start in (
+            ("**all, as published (A0)**", "world model, as published"),
+            ("**all, 4 steps (C4p)**", "world model, 4 steps (C4p)"),
+        ):
+            sums = [
+                f"{number(cost.total_hours(floor, start, n))} / "
+                f"{number(cost.total_hours(plan, start, n))}"
+                for n in cost.GROUPS.values()
+            ]
+            body.append([label, *sums])
+        lines += [f"### {picture[0]}x{picture[1]}", "", *table(columns, body), ""]
+    for name, parts in cost.measured(documents, "cpu").items():
+        machine = next(
+            d["machine"] for d in documents.values()
+            if d["bench"] == "rollout" and d["machine"]["gpu"] is None
+        )  # fmt: skip
+        lines += [
+            f"## `{name}` on a CPU, measured",
+            "",
+            f"{machine['cpu']}, {machine['threads']} threads. Hours of that machine; each row at "
+            "the batch size that gave the most frames a second.",
+            "",
+            *table(head, cost_rows(parts)),
+            "",
+        ]
+    lines += [PAPER]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# Whole -------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    config = tyro.cli(Report, args=argv, prog="worldloop bench report")
+    documents = read_results(config.results)
+    for name, document in documents.items():
+        points = points_of(document) if document["bench"] == "rollout" else []
+        if points:
+            height, width = document["picture"]
+            machine = document["machine"]
+            title = f"{document['preset']}, {height}x{width}, {document['dtype']}, " + (
+                machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+            )
+            path = config.docs / "img" / roofline_name(name)
+            draw(points, document["ceilings"], title, path)
+            print(path)
+    for page, text in (("speed.md", speed_page(documents)), ("cost.md", cost_page(documents))):
+        atomic_write_text(config.docs / page, text)
+        print(config.docs / page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
