@@ -21,6 +21,32 @@ from worldloop.types import ActionSpec
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How a task's rewards tell its outcome, fitted on imagined held-out episodes.
+
+    A success is a reward above ``threshold`` for ``held_frames`` frames on end.
+    """
+
+    threshold: float
+    held_frames: int
+    episodes: int
+    """Episodes that it was fitted on."""
+    accuracy: float
+    """Share of their outcomes that it tells, each by a fit on the other half of them."""
+    curve: tuple[tuple[float, float, float], ...] = ()
+    """(threshold, precision, recall), thresholds rising, at ``held_frames``."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task that the world model was trained on."""
+
+    env_id: str
+    instruction: str = ""
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
 class WorldModelConfig:
     """Everything beside the weights; what an action means is part of it.
 
@@ -32,6 +58,7 @@ class WorldModelConfig:
     autoencoder: LightVAEConfig | WanVAEConfig
     action_spec: ActionSpec
     env_ids: tuple[str, ...] = ()
+    tasks: tuple[TaskRecord, ...] = ()
     reward_threshold: float = 0.9
     held_frames: int = 2
     """Consecutive frames above the threshold that make a success."""

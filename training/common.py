@@ -6,6 +6,7 @@ A batch depends only on (seed, step), so a resumed run sees the same batches as 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -113,6 +114,20 @@ class Workers:
         dist.broadcast(shared, 0)
         return int(shared.item())
 
+    def gather_text(self, text: str) -> list[str]:
+        """The text of every process, on every process."""
+        if self.size == 1:
+            return [text]
+        found: list[Any] = [None] * self.size
+        # Bytes in tensors, not objects: gathering objects would pickle them.
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        data = torch.zeros(4096, dtype=torch.uint8, device=device)
+        encoded = text.encode()[:4096]
+        data[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        gathered = [torch.empty_like(data) for _ in found]
+        dist.all_gather(gathered, data)
+        return [bytes(x.tolist()).rstrip(b"\0").decode(errors="ignore") for x in gathered]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -143,6 +158,44 @@ def load_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema:
     for name, value in state["ema"].items():
         ema.shadow[name].copy_(value)
     return int(meta["step"])
+
+
+class StepTime:
+    """Seconds of the parts of a step: data, compute (forward and backward), update."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {"data": 0.0, "compute": 0.0, "update": 0.0}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block; a GPU is waited for at its end, or its work would be counted later."""
+        since = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.monotonic() - since
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """Each part's share of ``seconds``, and start again."""
+        shares = {name: value / seconds for name, value in self.seconds.items()}
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return shares
+
+
+def matmul_ceiling(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product on this device in the training's precision: MFU's 100 %."""
+    size = 8192 if device.type == "cuda" else 1024
+    half = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    best = math.inf
+    for _ in range(5):  # the first ones warm up
+        since = time.monotonic()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.monotonic() - since)
+    return 2 * size**3 / best
 
 
 class Clock:

@@ -1,15 +1,19 @@
 """Episodes as arrays for training: frames decoded once into a memory-mapped cache.
 
 The cache lies in the dataset's folder under ``.cache``; its name holds the number of episodes and
-a hash of their seeds, so a dataset that has grown gets a new one.
+a hash of their seeds, so a dataset that has grown gets a new one. Several datasets can be read as
+one mixture: they then share one action spec, fitted on all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +22,9 @@ from torch import Tensor
 
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
+from worldloop.files import disk_error
 from worldloop.track import Progress
-from worldloop.types import ActionSpec, ControllerFit
+from worldloop.types import ActionSpec, ControllerFit, Episode
 
 Float = npt.NDArray[np.float32]
 
@@ -38,20 +43,32 @@ class EpisodeArrays:
     env_id: str
     instruction: str
     key: str  # names this set of episodes, for caches made from it
+    numbers: npt.NDArray[np.int64]  # [N] which episodes of the dataset they are
 
     def __len__(self) -> int:
         return len(self.actions)
 
 
-def load_arrays(root: Path | str, limit: int | None = None) -> EpisodeArrays:
-    """Read a dataset (at most its first ``limit`` episodes) and decode its videos once."""
+def load_arrays(
+    root: Path | str, limit: int | None = None, near_success: bool = True
+) -> EpisodeArrays:
+    """Read a dataset (at most its first ``limit`` episodes) and decode its videos once.
+
+    near_success: False leaves the near-successes out (`is_near_success`).
+    """
     dataset = EpisodeDataset(root)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count == 0:
         raise UserError(f"{root}: holds no episodes yet; collect some first")
-    seeds = ",".join(map(str, dataset.seeds[:count]))
-    key = f"{count}-{hashlib.sha256(seeds.encode()).hexdigest()[:12]}"
-    episodes = [dataset.read(i, frames=False) for i in range(count)]
+    numbers = list(range(count))
+    episodes = [dataset.read(i, frames=False) for i in numbers]
+    if not near_success:
+        numbers = [i for i in numbers if not is_near_success(episodes[i])]
+        episodes = [episodes[i] for i in numbers]
+        if not episodes:
+            raise UserError(f"{root}: holds near-successes alone; nothing is left without them")
+    seeds = ",".join(str(dataset.seeds[i]) for i in numbers)
+    key = f"{len(numbers)}-{hashlib.sha256(seeds.encode()).hexdigest()[:12]}"
     lengths = {len(e.actions) for e in episodes}
     if len(lengths) > 1:
         raise UserError(f"{root}: episodes have {sorted(lengths)} actions; one horizon is needed")
@@ -59,7 +76,7 @@ def load_arrays(root: Path | str, limit: int | None = None) -> EpisodeArrays:
     actions = np.stack([e.actions for e in episodes])
     states = np.stack([e.states for e in episodes])
     return EpisodeArrays(
-        frames=_frame_cache(dataset, count, key),
+        frames=_frame_cache(dataset, numbers, key),
         actions=actions,
         states=states,
         reward=np.stack([e.reward for e in episodes]),
@@ -69,28 +86,119 @@ def load_arrays(root: Path | str, limit: int | None = None) -> EpisodeArrays:
         env_id=dataset.meta.env_id,
         instruction=episodes[0].instruction,
         key=key,
+        numbers=np.array(numbers),
     )
 
 
-def _frame_cache(dataset: EpisodeDataset, count: int, key: str) -> npt.NDArray[np.uint8]:
-    size, T = dataset.meta.image_size, dataset.meta.horizon
-    folder = dataset.root / ".cache"
-    path = folder / f"frames-{key}.npy"
+def is_near_success(episode: Episode) -> bool:
+    """A failure that was made by a small perturbation of what succeeds (paper section 3.1).
+
+    Scripted collection records its perturbation, and where it grades them, the grade.
+    """
+    if episode.success or "perturbation_m" not in episode.info:
+        return False
+    return str(episode.info.get("grade", "near")).startswith("near")
+
+
+def load_mixture(
+    roots: Sequence[Path],
+    limits: Sequence[int] | None = None,
+    near_success: bool = True,
+    one_outcome: bool = False,
+) -> list[EpisodeArrays]:
+    """Several datasets with one action spec, fitted on all.
+
+    limits: how many episodes of each, from its first on.
+
+    Raises UserError naming the datasets whose pictures or actions differ in kind, and, without
+    ``one_outcome``, the task whose episodes all end alike: its reward cannot be learned.
+    """
+    if not roots:
+        raise UserError("data: no dataset is named; give at least one folder")
+    most = [None] * len(roots) if limits is None else list(limits)
+    parts = [load_arrays(root, n, near_success) for root, n in zip(roots, most, strict=True)]
+    for root, part in zip(roots, parts):
+        parts[0].action_spec.require_same(part.action_spec, str(roots[0]), str(root))
+        size, first = part.frames.shape[2], parts[0].frames.shape[2]
+        if size != first:
+            raise UserError(f"{root}: pictures of {size} pixels, {roots[0]} has {first}")
+        if part.action_spec.chunk != parts[0].action_spec.chunk:
+            raise UserError(
+                f"{root}: chunks of {part.action_spec.chunk} actions, {roots[0]} has "
+                f"{parts[0].action_spec.chunk}"
+            )
+    for env_id in dict.fromkeys(part.env_id for part in parts):
+        success = np.concatenate([part.success for part in parts if part.env_id == env_id])
+        if len(set(success)) == 1 and not one_outcome:
+            raise UserError(
+                f"{env_id}: all {len(success)} episodes end in "
+                f"{'success' if success[0] else 'failure'}, so its reward cannot be learned; add "
+                "episodes of the other outcome, or pass --one-outcome to train all the same"
+            )
+        rarer = min(success.mean(), 1 - success.mean())
+        if 0 < rarer < 0.1:
+            print(f"{env_id}: only {rarer:.0%} of its episodes are of one outcome; "
+                  "`worldloop data balance` evens them out", file=sys.stderr)  # fmt: skip
+    if len(parts) > 1:
+        pooled = pool_paths(parts)
+        spec = fit_action_spec(parts[0].action_spec, pooled.actions, pooled.states)
+        parts = [replace(part, action_spec=spec) for part in parts]
+    return parts
+
+
+def pool_paths(parts: Sequence[EpisodeArrays], held_out: int = 0) -> EpisodeArrays:
+    """The paths (actions and states) of several datasets as one, cut to the shortest horizon.
+
+    The last ``held_out`` of each come last. The other fields are the first dataset's.
+    """
+    T = min(part.actions.shape[1] for part in parts)
+    cut = [len(part) - held_out for part in parts]
+
+    def joined(name: str, most: int) -> Float:
+        arrays = [getattr(part, name)[:, :most] for part in parts]
+        early = [array[:n] for array, n in zip(arrays, cut)]
+        return np.concatenate([*early, *(array[n:] for array, n in zip(arrays, cut))])
+
+    return replace(parts[0], actions=joined("actions", T), states=joined("states", T + 1))
+
+
+def cached_array(
+    path: Path, count: int, make: Callable[[int], npt.NDArray[Any]], title: str
+) -> None:
+    """Write the arrays of ``count`` episodes as one .npy file, whole or not at all.
+
+    The room on the disk is taken first: a map of a file that outgrows its disk would kill the
+    process. Raises UserError where there is none.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        out: Any = None  # a memory map
+        with Progress(count, title, unit="ep") as progress:
+            for i in range(count):
+                array = make(i)
+                if out is None:
+                    shape = (count, *array.shape)
+                    out = np.lib.format.open_memmap(temporary, "w+", array.dtype, shape)
+                    with open(temporary, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                out[i] = array
+                progress.update()
+        out.flush()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) or error from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _frame_cache(dataset: EpisodeDataset, numbers: list[int], key: str) -> npt.NDArray[np.uint8]:
+    path = dataset.root / ".cache" / f"frames-{key}.npy"
     if not path.exists():
-        folder.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        shape = (count, T + 1, size, size, 3)
-        try:
-            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            with Progress(count, f"decode {dataset.root.name}", unit="ep") as progress:
-                for i in range(count):
-                    out[i] = dataset.read(i).frames
-                    progress.update()
-            out.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+        title = f"decode {dataset.root.name}"
+        cached_array(path, len(numbers), lambda i: dataset.read(numbers[i]).frames, title)
+    kept: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    return kept
 
 
 def fit_action_spec(spec: ActionSpec, actions: Float, states: Float, taps: int = 4) -> ActionSpec:
@@ -99,8 +207,6 @@ def fit_action_spec(spec: ActionSpec, actions: Float, states: Float, taps: int =
     Least squares of the recorded pose increments on the last ``taps`` commands, one set of taps
     for positions and one for rotations (the axes share the controller's gains).
     """
-    from dataclasses import replace
-
     if spec.kind == "absolute_pose":
         poses = actions
     else:

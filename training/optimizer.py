@@ -6,8 +6,10 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from worldloop.training.common import learning_rate
+from worldloop.training.sharded import ShardedMuon
 
 
 class Rates(Protocol):
@@ -33,13 +35,17 @@ class MuonAdamW(torch.optim.Optimizer):
             layer = ".blocks." in f".{name}" or ".layers." in f".{name}"
             hidden = parameter.ndim == 2 and layer
             (matrices if hidden else others).append(parameter)
-        self.muon = torch.optim.Muon(
-            matrices,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=0.95,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        self.muon: torch.optim.Optimizer
+        if isinstance(matrices[0], DTensor):
+            self.muon = ShardedMuon(matrices, config.lr, config.weight_decay, 0.95)
+        else:
+            self.muon = torch.optim.Muon(
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
         self.adamw = torch.optim.AdamW(
             others, lr=config.lr_vectors, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )

@@ -10,51 +10,58 @@ Shape letters: B episodes, C channels, F latent frames, H W latent sides, T acti
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import tyro
 from torch import Tensor, nn
 
-from worldloop.checkpoint import file_sha256, load_checkpoint, load_into, save_checkpoint
-from worldloop.config import config_from_dict, config_to_dict, read_json
+from worldloop.checkpoint import load_checkpoint, load_into, save_checkpoint
+from worldloop.config import config_from_dict, config_to_dict
 from worldloop.engine.arm import Arm, ArmConfig
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS, DiTConfig
+from worldloop.engine.formats.cosmos import infer_config, read_cosmos, strip_cosmos
 from worldloop.engine.reward import RewardConfig, RewardHead
-from worldloop.engine.sampler import add_noise, to_x0
-from worldloop.engine.world_model import WorldModel, WorldModelConfig, load_autoencoder
+from worldloop.engine.world_config import TaskRecord
+from worldloop.engine.world_model import WorldModel, WorldModelConfig
+from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.track import Run
 from worldloop.training.arm import fit_arm, position_error
 from worldloop.training.common import (
     EMA,
     Clock,
+    StepTime,
     Workers,
     autocast,
     device_for,
     load_state,
+    matmul_ceiling,
     save_state,
 )
-from worldloop.training.data import EpisodeArrays, load_arrays, object_weight
+from worldloop.training.data import EpisodeArrays, load_mixture, pool_paths
+from worldloop.training.latents import Ahead, Batch, Batches, autoencoder_of, latent_cache
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.samples import write_sample_video
-
-Float = npt.NDArray[np.float32]
+from worldloop.training.sharded import ShardedState, shard, whole_state
+from worldloop.training.world_loss import Trainee, training_flops, training_loss
 
 
 @dataclass(frozen=True)
 class WorldModelTraining:
     """Train the diffusion transformer and its reward head; run it again to resume."""
 
-    data: Path
+    data: tuple[Path, ...]
+    """Dataset folders. Tasks count alike, however many episodes they have."""
     autoencoder: Path
-    """Checkpoint folder of `worldloop train autoencoder`, or of a world model."""
+    """Checkpoint folder of `worldloop train autoencoder` or of a world model, or a Wan `.pth`."""
     out: Path
     preset: str = "tiny"
     width: int | None = None
@@ -79,14 +86,25 @@ class WorldModelTraining:
     object_weight: float = 12.0
     reward_weight: float = 0.5
     held_out: int = 32
+    """Last episodes of each dataset, never trained on."""
     limit: int | None = None
+    """Use only the first episodes of each dataset."""
+    near_success: bool = True
+    """False: leave near-successes out (the paper's table 4)."""
+    one_outcome: bool = False
+    """Train on tasks all of whose episodes end alike, too."""
     seed: int = 0
     threads: int = 1
     device: str = "auto"
     precision: str = "auto"
     save_every: int = 100
     init: Path | None = None
-    """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics."""
+    """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics. Or
+    from a published Cosmos `.pt`: every tensor whose shape fits."""
+    checkpoint_blocks: bool = False
+    """Recompute transformer blocks in the backward pass: less memory, a third more time."""
+    fsdp: bool = False
+    """Under torchrun: share weights, gradients and moments out over the processes (FSDP2)."""
     lowest_z: float | None = None
     """Metres: below it the hand is against the table, see `WorldModelConfig.lowest_z`."""
     arm_steps: int = 4000
@@ -110,274 +128,245 @@ class WorldModelTraining:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. 1")
 
 
-# ---------------------------------------------------------------- data
-
-
-@torch.inference_mode()
-def latent_cache(
-    data: EpisodeArrays, root: Path, autoencoder: Path, device: torch.device
-) -> npt.NDArray[np.float16]:
-    """Latents [N,F,C,H,W] of every episode, encoded once and kept beside the dataset.
-
-    The file's name holds the hash of the autoencoder's weights: another one gets another cache.
-    """
-    model = load_autoencoder(autoencoder)  # first, so that a foreign folder is named
-    files = read_json(autoencoder / "config.json")["files"]
-    weights = files.get("autoencoder") or files["model"]  # a world model holds one, too
-    digest = file_sha256(autoencoder / weights)[:12]
-    path = root / ".cache" / f"latents-{data.key}-{digest}.npy"
-    if not path.exists():
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        out: Any = None  # a memory map
-        try:
-            for i in range(len(data)):
-                frames = torch.from_numpy(data.frames[i].copy()).to(device).float() / 127.5 - 1
-                with autocast(device, "auto"):
-                    latents, _ = model.encode(frames.permute(3, 0, 1, 2)[None])
-                array = latents[0].transpose(0, 1).float().cpu().numpy().astype(np.float16)
-                if out is None:
-                    shape = (len(data), *array.shape)
-                    out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-                out[i] = array
-            out.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
-
-
-@dataclass(frozen=True)
-class Batch:
-    latents: Tensor  # [B,C,1+F,H,W]
-    poses: Tensor  # [B,T,A] normalised absolute poses
-    reward: Tensor  # [B,T]
-    weight: Tensor  # [B,1,F,H,W] loss weights of the latent frames after the first
-
-
-class Batches:
-    """The batch of (seed, step, rank): independent of how often the run was interrupted."""
-
-    def __init__(
-        self,
-        data: EpisodeArrays,
-        latents: npt.NDArray[np.float16],
-        config: WorldModelTraining,
-        arm: Arm | None = None,
-    ) -> None:
-        self.data, self.latents, self.config = data, latents, config
-        spec = data.action_spec
-        to_poses = spec.to_absolute if arm is None else arm.poses
-        poses = to_poses(data.actions, data.states[:, 0])
-        self.poses = ((poses - np.array(spec.pose_mean)) / np.array(spec.pose_std)).astype(
-            np.float32
-        )
-
-    def at(self, step: int, rank: int) -> Batch:
-        rng = np.random.default_rng([self.config.seed, step, rank])
-        trained = len(self.data) - self.config.held_out
-        return self.of(rng.integers(trained, size=self.config.batch))
-
-    def of(self, episodes: npt.NDArray[np.int64]) -> Batch:
-        z = torch.from_numpy(self.latents[episodes].astype(np.float32)).transpose(1, 2)
-        return Batch(
-            z,
-            torch.from_numpy(self.poses[episodes]),
-            torch.from_numpy(self.data.reward[episodes]),
-            self._weights(z, episodes),
-        )
-
-    def _weights(self, z: Tensor, episodes: npt.NDArray[np.int64]) -> Tensor:
-        """More where a latent differs from the first frame's, and around the tracked object."""
-        change = (z[:, :, 1:] - z[:, :, :1]).square().mean(1, keepdim=True)
-        moving = change / (change + 0.25)
-        weight = 1 + self.config.motion_weight * moving
-        if self.data.object_pixels is not None:
-            grid, size = z.shape[-1], self.data.frames.shape[2]
-            pixels = self.data.object_pixels[episodes, 1:, :1]  # [B,T,1,2]
-            cells = (pixels + 0.5) * (grid / size) - 0.5
-            bump = object_weight(cells.reshape(-1, 1, 2), grid, 1.2)
-            bump = bump.reshape(*pixels.shape[:2], grid, grid)
-            per_latent = bump.reshape(len(episodes), -1, 4, grid, grid).max(2)
-            weight = weight + self.config.object_weight * torch.from_numpy(per_latent)[:, None]
-        return weight
-
-
-# ---------------------------------------------------------------- loss
-
-
-class Trainee(nn.Module):
-    """The parts that are trained together."""
-
-    def __init__(self, dit: DiT, reward: RewardHead) -> None:
-        super().__init__()
-        self.dit, self.reward = dit, reward
-
-
-def sample_times(config: WorldModelTraining, rows: int) -> Tensor:
-    """Noise levels t [B] in (0,1]: pure noise, or a shifted logit-normal."""
-    u = torch.sigmoid(torch.randn(rows))
-    shifted = config.time_shift * u / (1 + (config.time_shift - 1) * u)
-    return torch.where(torch.rand(rows) < config.pure_noise, torch.ones(rows), shifted)
-
-
-def edm_weight(t: Tensor, most: float = 5.0) -> Tensor:
-    """lambda(sigma) = (sigma^2 + 1) / sigma^2 (EDM with unit data), sigma = t / (1-t), bounded."""
-    sigma = t / (1 - t).clamp_min(1e-4)
-    return (1 + 1 / sigma.square()).clamp_max(most)
-
-
-def training_loss(
-    model: Trainee, batch: Batch, config: WorldModelTraining, chunk: int, own_history: bool
-) -> dict[str, Tensor]:
-    """Flow-matching and reward losses summed over an episode's chunks.
-
-    ``loss`` is what is differentiated; ``flow`` the unweighted x0 error, ``reward`` the squared
-    reward error, ``flow_last`` the x0 error of the last chunk.
-    """
-    dit, z = model.dit, batch.latents
-    B, each = len(z), chunk // dit.config.actions_per_frame
-    device = z.device
-    zero = torch.zeros(B, device=device)
-    first = dit(z[:, :, :1], zero, first_frame=0, observed_frames=1)
-    history = [[pair] for pair in first.kv]
-    chunks = (z.shape[2] - 1) // each
-    total = z.new_zeros(())
-    flows, rewards = [], []
-    for k in range(chunks):
-        frames = slice(1 + k * each, 1 + (k + 1) * each)
-        poses = batch.poses[:, k * chunk : (k + 1) * chunk]
-        past = [(torch.cat([p[0] for p in b], 1), torch.cat([p[1] for p in b], 1)) for b in history]
-        x0 = z[:, :, frames]
-        t = sample_times(config, B).to(device)
-        noise = torch.randn_like(x0)
-        x_t = add_noise(x0, noise, t[:, None].expand(-1, each))
-        out = dit(x_t, t, poses, first_frame=frames.start, history=past, return_kv=False).sample
-        x0_hat = to_x0(dit.config.prediction, out, x_t, t[:, None].expand(-1, each))
-        error = (x0_hat - x0).square()
-        weight = batch.weight[:, :, frames.start - 1 : frames.stop - 1]
-        weighted = (error * weight).mean((1, 2, 3, 4))
-        # The velocity's error is x0's over t; bounded, since 1/t^2 would be all about nothing.
-        flow = (weighted / t.clamp_min(0.5).square()).mean()
-        true_reward = batch.reward[:, k * chunk : (k + 1) * chunk]
-        made = (model.reward(x0_hat) - true_reward).square().mean(1)
-        real = (model.reward(x0) - true_reward).square().mean()
-        total = total + flow + config.reward_weight * ((edm_weight(t) * made).mean() + real)
-        flows.append(error.mean().detach())
-        rewards.append(made.mean().detach())
-        if k + 1 < chunks:
-            if own_history:
-                seen, level = x0_hat.detach(), zero
-            else:
-                level = config.history_noise * torch.rand(B, device=device)
-                seen = add_noise(x0, torch.randn_like(x0), level[:, None].expand(-1, each))
-            commit = dit(seen, level, poses, first_frame=frames.start, history=past)
-            for block, pair in zip(history, commit.kv, strict=True):
-                block.append(pair)
-    return {
-        "loss": total / chunks,
-        "flow": torch.stack(flows).mean(),
-        "flow_last": flows[-1],
-        "reward": torch.stack(rewards).mean(),
-    }
-
-
 # ---------------------------------------------------------------- training
 
 
 def train(config: WorldModelTraining) -> Path:
-    """Train until ``config.steps``; returns the checkpoint folder of the averaged model."""
+    """Train until ``config.steps``; returns the checkpoint folder of the averaged model.
+
+    Raises UserError when a loss is not finite, naming the batch; the last checkpoint stays.
+    """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = device_for(config.device)
     workers = Workers(device)
-    count = 0
-    if workers.rank == 0:
-        data = load_arrays(config.data, config.limit)
-        latents = latent_cache(data, config.data, config.autoencoder, device)
-        count = len(data)
-    # Collection may go on meanwhile: every process must see the very same episodes.
-    count = workers.from_first(count)
-    if workers.rank:
-        data = load_arrays(config.data, count)
-        latents = latent_cache(data, config.data, config.autoencoder, device)
-    if len(data) <= config.held_out:
-        raise UserError(f"held_out is {config.held_out}; {config.data} has {len(data)} episodes")
+    if config.fsdp and workers.size == 1:
+        raise UserError("fsdp needs several processes; start it with torchrun, or leave it out")
+    parts, latents = load_parts(config, workers, device)
     base, start = None, None
-    if config.init is not None:
+    if config.init is not None and config.init.suffix != ".pt":
         base, start = load_start(config.init)
-        base.action_spec.require_same(data.action_spec, str(config.init), str(config.data))
+        base.action_spec.require_same(parts[0].action_spec, str(config.init), str(config.data[0]))
         # The weights know poses by the statistics that they were trained with.
         spec = replace(
-            data.action_spec,
+            parts[0].action_spec,
             pose_mean=base.action_spec.pose_mean,
             pose_std=base.action_spec.pose_std,
         )
-        data = replace(data, action_spec=spec)
-    arm = arm_of(config, data, base, start, workers)
-    batches = Batches(data, latents, config, arm)
-    sizes = dit_sizes(config, data, latents.shape[2:], base)
-    reward = RewardConfig(latent_channels=latents.shape[2], grid=latents.shape[3:5])
-    model = Trainee(DiT(sizes), RewardHead(reward)).to(device)
+        parts = [replace(part, action_spec=spec) for part in parts]
+    sizes = dit_sizes(config, parts[0], latents[0].shape[2:], base)
+    reward = RewardConfig(latent_channels=latents[0].shape[2], grid=latents[0].shape[3:5])
+    model = Trainee(DiT(sizes), RewardHead(reward))
     if start is not None:
         for part, module in (("dit", model.dit), ("reward", model.reward)):
             load_into(module, start[part], f"{config.init} ({part})")
-    optimizer = MuonAdamW(model, config)
-    ema = EMA(model, config.ema)
-    step = load_state(config.out / "state", model, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None, overwrite=True)
-    held = batches.of(np.arange(len(data) - min(config.held_out, 16), len(data)))
-    held = Batch(*(x.to(device) for x in held.__dict__.values()))
-    chunk = data.action_spec.chunk
-    clock, seen = Clock(), []
-    with run.progress(config.steps, "world model", unit="step", initial=step) as progress:
-        while step < config.steps:
-            rate = optimizer.schedule(step, config.steps)
-            torch.manual_seed(1_000_003 * config.seed + 2 * step * workers.size + workers.rank)
-            batch = Batch(*(x.to(device) for x in batches.at(step, workers.rank).__dict__.values()))
-            own = step > 200 and bool(torch.rand(()) < config.own_history)
-            with autocast(device, config.precision):
-                losses = training_loss(model, batch, config, chunk, own)
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            workers.average_gradients(model)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            ema.update(model, step)
-            seen.append({k: float(v.detach()) for k, v in losses.items()})
-            step += 1
-            progress.update(1, **seen[-1])
-            if step % config.save_every == 0 or step == config.steps:
-                row = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
-                seconds = clock.lap()
-                episodes = config.batch * workers.size * len(seen)
-                seen = []
-                if workers.rank == 0:
-                    with ema.applied(model):
-                        with torch.no_grad(), autocast(device, config.precision):
-                            torch.manual_seed(1)
-                            pure = replace(config, pure_noise=1.0)
-                            check = training_loss(model, held, pure, chunk, True)
-                        world_of(model, data, config, step, base, arm).save(config.out / "model")
-                    row |= {f"held_out_{k}": float(v) for k, v in check.items()}
-                    run.log(step, row | {"lr": rate, "episodes_per_second": episodes / seconds})
+    elif config.init is not None:
+        load_published(model.dit, config.init)
+    with ExitStack() as stack:
+        if workers.rank == 0:
+            stack.enter_context(exclusive(config.out))
+        arm = arm_of(config, parts, base, start, workers)
+        batches = Batches(parts, latents, config, arm)
+        return _Training(config, parts, batches, model.to(device), base, arm, workers).run()
+
+
+def load_parts(
+    config: WorldModelTraining, workers: Workers, device: torch.device
+) -> tuple[list[EpisodeArrays], list[Any]]:
+    """Episodes and cached latents of every dataset, the same on every process."""
+    most = config.limit or 1 << 62
+    # Collection may go on meanwhile: every process must see the very same episodes.
+    counts = [workers.from_first(min(most, len(EpisodeDataset(root)))) for root in config.data]
+
+    def load() -> tuple[list[EpisodeArrays], list[Any]]:
+        parts = load_mixture(config.data, counts, config.near_success, config.one_outcome)
+        for root, part in zip(config.data, parts):
+            if len(part) <= config.held_out:
+                raise UserError(f"held_out is {config.held_out}; {root} has {len(part)} episodes")
+        pairs = zip(parts, config.data)
+        return parts, [latent_cache(d, root, config.autoencoder, device) for d, root in pairs]
+
+    if workers.rank == 0:  # first, since it writes the caches
+        loaded = load()
+    workers.barrier()
+    return loaded if workers.rank == 0 else load()
+
+
+class _Training:
+    """The loop and what it keeps."""
+
+    def __init__(
+        self,
+        config: WorldModelTraining,
+        parts: list[EpisodeArrays],
+        batches: Batches,
+        model: Trainee,
+        base: WorldModelConfig | None,
+        arm: Arm | None,
+        workers: Workers,
+    ) -> None:
+        self.config, self.parts, self.batches, self.workers = config, parts, batches, workers
+        self.model, self.base, self.arm = model, base, arm
+        self.device = next(model.parameters()).device
+        self.shards = ShardedState(config.out / "state", workers) if config.fsdp else None
+        if config.fsdp:
+            shard(model.dit, model.reward, workers, self.device)
+        self.optimizer, self.ema = MuonAdamW(model, config), EMA(model, config.ema)
+        if self.shards is not None:
+            self.step = self.shards.load(model, self.optimizer, self.ema)
+        else:
+            self.step = load_state(config.out / "state", model, self.optimizer, self.ema)
+        self.held = [batch.to(self.device) for batch in batches.held()]
+        self.chunk = parts[0].action_spec.chunk
+
+    def run(self) -> Path:
+        config, workers = self.config, self.workers
+        run = Run(config.out, config, resume_step=self.step or None, overwrite=True)
+        ceiling = matmul_ceiling(self.device, config.precision) if workers.rank == 0 else 1.0
+        ahead = Ahead(lambda step: self.batches.at(step, workers.rank))
+        clock, time, seen, flops = Clock(), StepTime(self.device), [], 0
+        with run.progress(config.steps, "world model", unit="step", initial=self.step) as progress:
+            while self.step < config.steps:
+                rate = self.optimizer.schedule(self.step, config.steps)
+                torch.manual_seed(
+                    1_000_003 * config.seed + 2 * self.step * workers.size + workers.rank
+                )
+                with time.part("data"):
+                    batch = ahead.at(self.step, self.step + 1 == config.steps).to(self.device)
+                flops += training_flops(self.model.dit.config, batch, self.chunk)
+                seen.append(self.update(batch, time))
+                self.step += 1
+                progress.update(1, **seen[-1])
+                if self.step % config.save_every == 0 or self.step == config.steps:
+                    row = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
+                    seconds = clock.lap()
+                    episodes = config.batch * workers.size * len(seen)
+                    shares = time.shares(seconds)
+                    mfu = flops / (seconds * ceiling)
+                    seen, flops = [], 0
+                    row |= self.save()
+                    row |= {"lr": rate, "episodes_per_second": episodes / seconds,
+                            "mfu": mfu, **{f"share_{k}": v for k, v in shares.items()}}  # fmt: skip
+                    run.log(self.step, row)
                     # Last: a run killed before this line does these steps and their row again.
-                    save_state(config.out / "state", model, optimizer, ema, step)
+                    self.keep_state()
                     progress.write(
-                        f"step {step}: flow {row['flow']:.4f}, held-out one-step flow "
+                        f"step {self.step}: flow {row['flow']:.4f}, held-out one-step flow "
                         f"{row['held_out_flow']:.4f} (last chunk {row['held_out_flow_last']:.4f}), "
-                        f"reward {row['held_out_reward']:.4f}, {episodes / seconds:.2f} episodes/s"
+                        f"reward {row['held_out_reward']:.4f}, {episodes / seconds:.2f} episodes/s,"
+                        f" {shares['compute']:.0%} of the time in the network, MFU {mfu:.1%}"
                     )
-                workers.barrier()
-            if config.sample_every and step % config.sample_every == 0 and workers.rank == 0:
-                with ema.applied(model):
-                    world = world_of(model, data, config, step, base, arm)
-                    shown = range(len(data) - min(2, config.held_out), len(data))
-                    path = config.out / "samples" / f"{step:06d}.mp4"
-                    write_sample_video(world.to(device), data, shown, path)
-    run.close()
-    workers.close()
-    return config.out / "model"
+                    workers.barrier()
+                if config.sample_every and self.step % config.sample_every == 0:
+                    self.sample()
+        ahead.close()
+        run.close()
+        workers.close()
+        return config.out / "model"
+
+    def update(self, batch: Batch, time: StepTime) -> dict[str, float]:
+        """One optimizer step; raises UserError before it where the loss is not finite."""
+        config, model = self.config, self.model
+        own = self.step > 200 and bool(torch.rand(()) < config.own_history)
+        with time.part("compute"):
+            with autocast(self.device, config.precision):
+                losses = training_loss(model, batch, config, self.chunk, own)
+            self.optimizer.zero_grad()
+            losses["loss"].backward()
+        with time.part("update"):
+            if not config.fsdp:
+                self.workers.average_gradients(model)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = float(norm.full_tensor() if config.fsdp else norm)  # type: ignore[operator]
+            values = {k: float(v.detach()) for k, v in losses.items()}
+            if not np.isfinite(norm):
+                raise self.not_finite(batch, values["loss"], norm)
+            self.optimizer.step()
+            self.ema.update(model, self.step)
+        return values
+
+    def not_finite(self, batch: Batch, loss: float, norm: float) -> UserError:
+        """What to say when training has broken down; the same on every process."""
+        names = ", ".join(batch.episodes) if not np.isfinite(loss) or self.workers.size == 1 else ""
+        batches = "; ".join(name for name in self.workers.gather_text(names) if name)
+        kept = self.config.out / "model"
+        stays = f"{kept} keeps the last good checkpoint" if kept.is_dir() else "nothing was saved"
+        return UserError(
+            f"step {self.step}: the loss is {loss}, the gradient's norm {norm}; the batch: "
+            f"{batches or 'of all processes'}. {stays}; look at these episodes with `worldloop "
+            "data validate`, or lower --lr, and run the command again"
+        )
+
+    @torch.no_grad()
+    def save(self) -> dict[str, float]:
+        """Write the averaged model; returns its errors on held-out episodes."""
+        config, workers = self.config, self.workers
+        if workers.rank and not config.fsdp:
+            return {"held_out_flow": 0.0, "held_out_flow_last": 0.0, "held_out_reward": 0.0}
+        checks = []
+        with self.ema.applied(self.model):
+            torch.manual_seed(1)
+            pure = replace(config, pure_noise=1.0)
+            for held in self.held:
+                with autocast(self.device, config.precision):
+                    checks.append(training_loss(self.model, held, pure, self.chunk, True))
+            world = self.world()
+            if workers.rank == 0:
+                world.save(config.out / "model")
+        counts = [len(held.latents) for held in self.held]
+        return {
+            f"held_out_{k}": sum(float(c[k]) * n for c, n in zip(checks, counts)) / sum(counts)
+            for k in checks[0]
+        }
+
+    def keep_state(self) -> None:
+        if self.shards is not None:
+            self.shards.save(self.model, self.optimizer, self.ema, self.step)
+        elif self.workers.rank == 0:
+            state = self.config.out / "state"
+            save_state(state, self.model, self.optimizer, self.ema, self.step)
+
+    def world(self) -> WorldModel:
+        """The whole world model with the present weights; sharded ones are gathered on the CPU."""
+        model = self.model
+        if self.config.fsdp:
+            state = whole_state(model)  # every process takes part
+            with torch.device("meta"):
+                model = Trainee(DiT(model.dit.config), RewardHead(model.reward.config))
+            model.load_state_dict(state, assign=True)
+        return world_of(model, self.parts, self.config, self.step, self.base, self.arm)
+
+    def sample(self) -> None:
+        """A video of two held-out episodes; the datasets take turns."""
+        if self.workers.rank and not self.config.fsdp:
+            return
+        turn = self.step // self.config.sample_every - 1
+        data = self.parts[turn % len(self.parts)]
+        with self.ema.applied(self.model):
+            world = self.world()
+            if self.workers.rank == 0:
+                shown = range(len(data) - min(2, self.config.held_out), len(data))
+                path = self.config.out / "samples" / f"{self.step:06d}.mp4"
+                write_sample_video(world.to(self.device), data, shown, path)
+
+
+def load_published(dit: DiT, path: Path) -> None:
+    """Take over every tensor of a Cosmos ``.pt`` whose name and shape fit; say what does not."""
+    try:
+        state = strip_cosmos(read_cosmos(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    own = dit.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if len(fitting) < 0.5 * len(own):
+        raise UserError(
+            f"{path}: only {len(fitting)} of {len(own)} tensors fit this network of width "
+            f"{dit.config.width} and depth {dit.config.depth}; choose the preset it was made for"
+        )
+    dit.load_state_dict(fitting, strict=False)
+    fresh = sorted(own.keys() - fitting.keys())
+    print(f"{path}: {len(fitting)} tensors taken over; {len(fresh)} start afresh"
+          + (f": {', '.join(fresh[:6])}" if fresh else ""))  # fmt: skip
 
 
 def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tensor]]]:
@@ -397,13 +386,19 @@ def dit_sizes(
     base: WorldModelConfig | None,
 ) -> DiTConfig:
     """The transformer's sizes: the preset's or the starting checkpoint's, fitted to the data."""
-    sizes = PRESETS[config.preset]() if base is None else base.dit
+    if base is not None:
+        sizes = base.dit
+    elif config.init is not None:
+        sizes = infer_config(strip_cosmos(read_cosmos(config.init)))
+    else:
+        sizes = PRESETS[config.preset]()
     channels, height, width = latent_CHW
     changes: dict[str, Any] = {
         "width": config.width or sizes.width,
         "depth": config.depth or sizes.depth,
         "latent_channels": channels,
         "action_dim": data.action_spec.dim,
+        "action_layout": "per_frame",  # the published one cannot stream
     }
     if sizes.learned_positions is not None:
         changes["learned_positions"] = (height // sizes.patch, width // sizes.patch)
@@ -419,27 +414,30 @@ def dit_sizes(
 
 def world_of(
     model: Trainee,
-    data: EpisodeArrays,
+    parts: Sequence[EpisodeArrays],
     config: WorldModelTraining,
     step: int,
     base: WorldModelConfig | None = None,
     arm: Arm | None = None,
 ) -> WorldModel:
     """The whole world model: the trained parts (shared, not copied) and their autoencoder."""
-    autoencoder = load_autoencoder(config.autoencoder)
+    autoencoder = autoencoder_of(config.autoencoder)
+    tasks = {part.env_id: TaskRecord(part.env_id, part.instruction) for part in parts}
     new = WorldModelConfig(
         dit=model.dit.config,
         reward=model.reward.config,
         autoencoder=autoencoder.config,
-        action_spec=data.action_spec,
-        env_ids=(data.env_id,),
+        action_spec=parts[0].action_spec,
+        env_ids=tuple(tasks),
+        tasks=tuple(tasks.values()),
         trained_steps=step,
         lowest_z=config.lowest_z,
     )
     if base is not None:
         new = replace(
             new,
-            env_ids=tuple(dict.fromkeys([*base.env_ids, data.env_id])),
+            env_ids=tuple(dict.fromkeys([*base.env_ids, *tasks])),
+            tasks=(*(t for t in base.tasks if t.env_id not in tasks), *tasks.values()),
             reward_threshold=base.reward_threshold,
             held_frames=base.held_frames,
             sink=base.sink,
@@ -453,13 +451,13 @@ def world_of(
 
 def arm_of(
     config: WorldModelTraining,
-    data: EpisodeArrays,
+    parts: Sequence[EpisodeArrays],
     base: WorldModelConfig | None,
     start: dict[str, dict[str, Tensor]] | None,
     workers: Workers,
 ) -> Arm | None:
     """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None."""
-    spec, folder = data.action_spec, config.out / "arm"
+    spec, folder = parts[0].action_spec, config.out / "arm"
     if spec.kind != "delta_pose" or (config.arm_steps == 0 and (base is None or base.arm is None)):
         return None
     if config.arm_steps == 0:
@@ -468,7 +466,8 @@ def arm_of(
         load_into(arm, start["arm"], f"{config.init} (arm)")
         return arm
     if workers.rank == 0 and not (folder / "config.json").is_file():
-        trained = len(data) - config.held_out
+        data = pool_paths(parts, config.held_out)
+        trained = len(data) - config.held_out * len(parts)
         arm = fit_arm(data, trained, config.arm_steps, config.seed)
         actions, states = data.actions[trained:], data.states[trained:]
         linear, fitted = (

@@ -39,6 +39,7 @@ def episodes(count: int, seed: int, T: int = 32) -> EpisodeArrays:
         env_id="PushCube-v1",
         instruction="push the cube",
         key="table",
+        numbers=np.arange(count),
     )
 
 

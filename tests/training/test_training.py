@@ -14,12 +14,15 @@ from torch import nn
 
 from worldloop.checkpoint import load_tensors, load_training_state, save_checkpoint
 from worldloop.cli import main as worldloop
+from worldloop.engine.dit import DiT
+from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.sampler import derive_seed, noise_for
+from worldloop.engine.world_config import TaskRecord
 from worldloop.engine.world_model import WorldModel, load_autoencoder
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.training import autoencoder as ae
-from worldloop.training import samples, world_model
+from worldloop.training import samples, world_loss, world_model
 from worldloop.training.common import EMA, autocast, learning_rate
 from worldloop.training.data import fit_action_spec, load_arrays, object_weight
 from worldloop.training.optimizer import MuonAdamW
@@ -107,7 +110,7 @@ def autoencoder(dataset, tmp_path_factory) -> Path:
 
 def training_config(dataset: Path, autoencoder: Path, out: Path, **changes):
     return world_model.WorldModelTraining(**{
-        "data": dataset, "autoencoder": autoencoder, "out": out, "width": 48, "depth": 1,
+        "data": (dataset,), "autoencoder": autoencoder, "out": out, "width": 48, "depth": 1,
         "steps": 6, "batch": 2, "save_every": 2, "held_out": 2, "sample_every": 0,
         "precision": "fp32", "device": "cpu", "arm_steps": 2, **changes,
     })  # fmt: skip
@@ -116,7 +119,8 @@ def training_config(dataset: Path, autoencoder: Path, out: Path, **changes):
 def rows_of(folder: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    timed = ("second", "mfu", "share_")
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -252,11 +256,11 @@ def trainee(dataset: Path, autoencoder: Path, out: Path, **changes):
     config = training_config(dataset, autoencoder, out, **changes)
     data = load_arrays(dataset)
     latents = world_model.latent_cache(data, dataset, autoencoder, CPU)
-    batches = world_model.Batches(data, latents, config)
+    batches = world_model.Batches([data], [latents], config)
     torch.manual_seed(0)
     sizes = world_model.dit_sizes(config, data, latents.shape[2:], None)
-    reward = world_model.RewardConfig(latent_channels=16, grid=(4, 4))
-    model = world_model.Trainee(world_model.DiT(sizes), world_model.RewardHead(reward))
+    reward = RewardConfig(latent_channels=16, grid=(4, 4))
+    model = world_model.Trainee(DiT(sizes), RewardHead(reward))
     return model, batches, config, data
 
 
@@ -290,7 +294,7 @@ def test_what_is_trained_is_what_generates(dataset, autoencoder, tmp_path, monke
     """At t = 1 with its own history, training makes the latents of one-step streaming."""
     model, batches, config, data = trainee(dataset, autoencoder, tmp_path, pure_noise=1.0)
     randomise(model)
-    world = world_model.world_of(model, data, config, 0).eval()
+    world = world_model.world_of(model, [data], config, 0).eval()
     seen = []
     model.reward.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     state = world.start(data.frames[:2, :1, None], data.states[:2, 0], (3, 4))
@@ -384,8 +388,9 @@ def test_fine_tuning_keeps_sizes_and_pose_statistics(dataset, autoencoder, tmp_p
         )
     )
     assert tuned.config == dataclasses.replace(
-        config, trained_steps=3, env_ids=("PullCube-v1", "PushCube-v1")
-    )
+        config, trained_steps=3, env_ids=("PullCube-v1", "PushCube-v1"),
+        tasks=(TaskRecord("PushCube-v1", "push the cube"),),
+    )  # fmt: skip
     own, theirs = base.state_dict(), tuned.state_dict()
     assert all(torch.equal(own[k], theirs[k]) for k in own)
     with pytest.raises(UserError, match="its width is 48, this run's 96"):
@@ -445,7 +450,7 @@ common.Workers.average_gradients = checked
 
 out, data, autoencoder = map(Path, sys.argv[1:])
 world_model.train(world_model.WorldModelTraining(
-    data=data, autoencoder=autoencoder, out=out, width=48, depth=1, steps=3, batch=1,
+    data=(data,), autoencoder=autoencoder, out=out, width=48, depth=1, steps=3, batch=1,
     save_every=2, held_out=2, sample_every=3, precision="fp32", device="cpu", arm_steps=2))
 digest = hashlib.sha256()
 for tensor in kept[0].state_dict().values():
@@ -507,16 +512,16 @@ def test_edm_weight_equals_float64():
     t = np.concatenate([np.linspace(0.02, 0.9999, 300), [1.0]])
     sigma = t / np.maximum(1 - t, 1e-4)
     expected = np.minimum((sigma**2 + 1) / sigma**2, 5.0)  # EDM with sigma_data = 1
-    made = world_model.edm_weight(torch.tensor(t, dtype=torch.float32)).numpy()
+    made = world_loss.edm_weight(torch.tensor(t, dtype=torch.float32)).numpy()
     np.testing.assert_allclose(made, expected, rtol=2e-5)
     assert made[0] == 5.0 and made[-1] == pytest.approx(1.0)
-    assert torch.isfinite(world_model.edm_weight(torch.zeros(1))).all()
+    assert torch.isfinite(world_loss.edm_weight(torch.zeros(1))).all()
 
 
 def test_noise_levels():
-    config = world_model.WorldModelTraining(Path("a"), Path("b"), Path("c"), pure_noise=0.3)
+    config = world_model.WorldModelTraining((Path("a"),), Path("b"), Path("c"), pure_noise=0.3)
     torch.manual_seed(0)
-    t = world_model.sample_times(config, 20_000)
+    t = world_loss.sample_times(config, 20_000)
     assert ((t > 0) & (t <= 1)).all()
     assert float((t == 1).float().mean()) == pytest.approx(0.3, abs=0.02)
     rest = t[t < 1].double()
@@ -539,7 +544,7 @@ def test_loss_weights_follow_motion_and_the_object(dataset, autoencoder, tmp_pat
     _, batches, config, data = trainee(dataset, autoencoder, tmp_path)
     weight = batches.of(np.array([1])).weight
     assert weight.shape == (1, 1, T // 4, 4, 4)
-    z = batches.latents[1].astype(np.float64)  # [F,C,4,4]
+    z = batches.latents[0][1].astype(np.float64)  # [F,C,4,4]
     for f in range(T // 4):
         change = np.square(z[f + 1] - z[0]).mean(0)
         expected = 1 + config.motion_weight * change / (change + 0.25)

@@ -1,0 +1,169 @@
+"""Training shared out over processes with FSDP2, and checkpoints of one file a process.
+
+Every process holds a row range of each tensor. Muon needs whole matrices: a matrix's momentum is
+gathered, orthogonalised alike on every process, and each keeps its rows. A checkpoint counts once
+``sharded.json`` names it, which is written after every process has written its part; it may be
+resumed by another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from worldloop.checkpoint import load_training_state, save_training_state
+from worldloop.config import read_json
+from worldloop.engine.dit import DiT
+from worldloop.engine.reward import RewardHead
+from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
+from worldloop.training.common import EMA, Workers
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's published coefficients, five rounds
+
+
+def shard(dit: DiT, reward: RewardHead, workers: Workers, device: torch.device) -> None:
+    """Replace every parameter by this process's rows of it; call it before the optimizer is made.
+
+    Each transformer block is gathered when it runs and let go afterwards.
+    """
+    mesh = init_device_mesh(device.type, (workers.size,))
+    for block in dit.blocks:
+        fully_shard(block, mesh=mesh)
+    for module in (dit, reward):
+        fully_shard(module, mesh=mesh)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a sharded module, whole, on the CPU; all processes must call it."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Muon's direction: all singular values brought near 1 by Newton-Schulz in bf16."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class ShardedMuon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (Nesterov, adjusted to AdamW's step size) on matrices cut by rows."""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                whole = orthogonalised(p.grad.lerp(buffer, group["momentum"]).full_tensor())
+                mine = distribute_tensor(
+                    whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None
+                )
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(mine, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+class ShardedState:
+    """The training state of a sharded run: ``step-N/rank-R`` folders, and which of them counts."""
+
+    def __init__(self, folder: Path, workers: Workers) -> None:
+        self.folder, self.workers = folder, workers
+
+    def save(self, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA, step: int) -> None:
+        """Write this process's part; returns when the checkpoint is whole. All must call it."""
+        state = {"model": module.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow}
+        name, workers = f"step-{step:08d}", self.workers
+        rank = f"rank-{workers.rank}"
+        save_training_state(self.folder / name / rank, _to_local(state), {"step": step}, keep=1)
+        workers.barrier()
+        if workers.rank == 0:
+            document = {"step": step, "processes": workers.size}
+            atomic_write_text(self.folder / "sharded.json", json.dumps(document) + "\n")
+            for old in self.folder.glob("step-*"):
+                if old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+        workers.barrier()
+
+    def load(self, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA) -> int:
+        """Restore the checkpoint that counts; the step to go on from (0 where there is none)."""
+        path = self.folder / "sharded.json"
+        if not path.is_file():
+            if any(self.folder.glob("state-*")):
+                raise UserError(
+                    f"{self.folder}: holds a run that was not sharded; leave --fsdp out, or choose "
+                    "another folder"
+                )
+            return 0
+        document = read_json(path)
+        step, processes = int(document["step"]), int(document["processes"])
+        found = []
+        for rank in range(processes):
+            part = self.folder / f"step-{step:08d}" / f"rank-{rank}"
+            loaded = load_training_state(part)
+            if loaded is None:
+                raise UserError(f"{part}: is missing; restore it, or choose another folder")
+            found.append(loaded[0])
+        mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+        state = _to_sharded(found, mesh)
+        try:
+            module.load_state_dict(state["model"])
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.folder}: the run to resume does not fit ({text})") from error
+        opt.load_state_dict(state["optimizer"])
+        for name, value in state["ema"].items():
+            ema.shadow[name].copy_(value)
+        return step
+
+
+def _to_local(value: Any) -> Any:
+    """Sharded tensors as {"rows": this process's part}; containers are copied."""
+    if isinstance(value, DTensor):
+        return {"rows": value.to_local()}
+    if isinstance(value, dict):
+        return {key: _to_local(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_local(item) for item in value]
+    return value
+
+
+def _to_sharded(parts: list[Any], mesh: DeviceMesh) -> Any:
+    """The inverse, from the states of all processes, whatever their number was."""
+    first = parts[0]
+    if isinstance(first, dict) and first.keys() == {"rows"}:
+        whole = torch.cat([part["rows"] for part in parts])
+        return distribute_tensor(whole.to(mesh.device_type), mesh, [Shard(0)], src_data_rank=None)
+    if isinstance(first, dict):
+        return {key: _to_sharded([part[key] for part in parts], mesh) for key in first}
+    if isinstance(first, list):
+        return [_to_sharded(list(items), mesh) for items in zip(*parts, strict=True)]
+    return first
