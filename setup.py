@@ -88,6 +88,7 @@ setup(
             "wheel",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-benchmark>=5.1",
             "ruff>=0.9",
             "mypy>=1.14",
             "fastapi>=0.115",  # the policy server, as in extra serve

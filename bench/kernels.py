@@ -1,0 +1,145 @@
+"""`worldloop bench kernels`: every operator at its cases, beside the floor of its bytes and FLOPs.
+
+On a GPU three arms take turns on each case: the Triton kernel, the reference in plain torch, and
+the reference under torch.compile; inputs come from memory (the L2 cache is overwritten before
+each repeat). Elsewhere the operator is its reference, and that is timed. Correctness comes first:
+an arm whose error against the reference in fp32 exceeds the case's tolerance gets no time, and
+the exit code is 1. The floor is max(bytes / copy rate, FLOPs / matrix-product rate), both measured
+in the same run; a small case can beat it on a CPU, whose caches hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from worldloop.bench import timing
+from worldloop.bench.timing import Ceilings, Times, kernel_seconds
+from worldloop.errors import UserError
+from worldloop.kernels.cases import OPS, load_op
+from worldloop.kernels.op import HAS_TRITON, Case, Op
+
+# Of a case on a CPU: what a core does in about a second.
+MOST_BYTES, MOST_FLOPS = 128 << 20, 40e9
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """Time the operators; write bench JSON."""
+
+    out: Path = Path("bench/results")
+    op: str | None = None
+    """Only this operator."""
+    repeats: int = 20
+    rounds: int = 3
+    """How often the arms take turns."""
+    compiled: bool = True
+    """Also the reference under torch.compile, on a GPU."""
+    threads: int = 2
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        timing.positive(self, "repeats", "rounds", "threads")
+        if self.op is not None and self.op not in OPS:
+            raise UserError(f"op is {self.op!r}; known: {', '.join(OPS)}")
+
+
+def arms_of(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]:
+    """Functions of the same arguments, by the name of their implementation."""
+    if device.type != "cuda":
+        return {"reference": op.reference}
+    arms = {"triton": op.custom} if HAS_TRITON else {}
+    arms["reference"] = op.reference
+    if compiled:
+        torch.compiler.reset()
+        arms["compiled"] = torch.compile(op.reference, dynamic=False)
+    return arms
+
+
+@torch.inference_mode()
+def time_case(
+    op: Op, case: Case, device: torch.device, config: KernelBench, ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    """One row an arm: error, and where that passes the gate its times and share of the floor."""
+    inputs = case.make(device)
+    rows: list[dict[str, Any]] = []
+    runs, times = {}, {}
+    for name, function in arms_of(op, device, config.compiled).items():
+        error = op.error_of(function, inputs)
+        row = {
+            "op": op.name, "case": case.name, "implementation": name,
+            "bytes": case.bytes, "flops": case.flops,
+            "error": error, "tolerance": case.tolerance, "passed": error <= case.tolerance,
+        }  # fmt: skip
+        rows.append(row)
+        if row["passed"]:
+            runs[name], times[name] = partial(function, **inputs), Times()
+    for _ in range(config.rounds):
+        for name, run in runs.items():
+            times[name].wall += kernel_seconds(run, config.repeats, device)
+    floor = max(case.bytes / ceilings.copy, case.flops / ceilings.gemm)
+    for row in rows:
+        found = times.get(row["implementation"])
+        if found is not None:
+            row.update(found.to_dict(), floor_s=floor, share_of_floor=floor / found.p50,
+                       gb_per_s=case.bytes / found.p50 / 1e9)  # fmt: skip
+            del row["gpu_p50_s"]  # on a GPU these are event times already
+    return rows
+
+
+def fits(case: Case, device: torch.device) -> bool:
+    return device.type == "cuda" or (case.bytes <= MOST_BYTES and case.flops <= MOST_FLOPS)
+
+
+def bench(config: KernelBench) -> dict[str, Any]:
+    """Measure; the document that is written."""
+    torch.set_num_threads(config.threads)
+    device = timing.device_of(config.device)
+    dtype = timing.dtype_of(None, device)
+    ceilings = Ceilings(dtype, device).measure()
+    rows: list[dict[str, Any]] = []
+    left_out = []
+    for name in [config.op] if config.op else OPS:
+        op = load_op(name)
+        for case in op.cases:
+            if not case.large:
+                continue  # small cases are for tests
+            if fits(case, device):
+                rows += time_case(op, case, device, config, ceilings)
+                print(*map(line, rows[-1:] if device.type != "cuda" else rows[-3:]), sep="\n")
+            else:
+                left_out.append(f"{op.name}, {case.name}")
+    values = {"ceilings": ceilings.measure().to_dict(), "rows": rows, "left_out": left_out}
+    return timing.document("kernels", config, device, config.threads, values, ["triton"])
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as the terminal shows it."""
+    label = f"{row['op']:<26}{row['case']:<24}{row['implementation']:<11}"
+    if not row["passed"]:
+        return f"{label} WRONG: error {row['error']:.1e}, tolerance {row['tolerance']:.1e}"
+    return (
+        f"{label}{1e6 * row['p50_s']:11.1f} us {row['share_of_floor']:7.1%} of the floor "
+        f"{row['gb_per_s']:8.1f} GB/s  error {row['error']:.1e}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; 1 where a result was wrong."""
+    config = tyro.cli(KernelBench, args=argv, prog="worldloop bench kernels")
+    found = bench(config)
+    path = timing.write(config.out, f"kernels-{config.op}" if config.op else "kernels", found)
+    c = found["ceilings"]
+    print(f"ceilings: copy {c['copy_gb_per_s']:.1f} GB/s, {c['dtype']} products "
+          f"{c['gemm_tflops']:.3g} TFLOP/s; {path}")  # fmt: skip
+    return int(not all(row["passed"] for row in found["rows"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
