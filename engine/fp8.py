@@ -6,9 +6,9 @@ a GPU with fp8 units (Hopper and newer) the product is torch._scaled_mm; elsewhe
 the same rounding to e4m3, then the product in fp32, so that quality can be measured anywhere.
 
 Only the projections of self-attention and the MLPs are quantised (LAYERS): every token goes through
-them, so they are nearly all of the products. What embeds noise, actions and latents, the modulations and the output
-stay as they are: their products are small, and measured layer group by layer group they are the
-sensitive ones (`worldloop bench agreement --compare groups`, docs/backends.md).
+them, so they are nearly all of the products. What embeds noise, actions and latents, the
+modulations and the output stay as they are. Which groups of layers are sensitive is measured by
+`worldloop bench agreement --compare groups` (docs/backends.md).
 
 For inference: no gradient passes a quantised layer. On a GPU use it with backend "compiled", which
 fuses the rounding of the inputs into what comes before.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from worldloop.engine.attention import cache_folder
 from worldloop.engine.backends.base import Call, facts_of, no_autocast, require_like
+from worldloop.engine.fp8 import FP8Linear
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_bytes
 
@@ -41,6 +42,8 @@ def export_onnx(module: nn.Module, example: Sequence[Tensor], path: Path) -> Pat
             raise UserError(
                 f"backend 'tensorrt' needs {library}: pip install 'worldloop[tensorrt]'"
             )
+    if any(isinstance(layer, FP8Linear) for layer in module.modules()):
+        raise UserError("backend 'tensorrt' does not take fp8 layers; use 'compiled', or bf16")
     # Ordinary tensors outside inference mode: the exporter traces with them.
     with torch.inference_mode(False), torch.no_grad():
         inputs = tuple(t.clone() for t in example)
