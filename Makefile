@@ -48,11 +48,15 @@ gpu: setup
 	@nvidia-smi > $(RUNS)/gpu/machine.txt 2>&1 || true
 	$(BIN)/pytest -m gpu --junitxml=$(RUNS)/gpu/tests.xml; code=$$?; \
 	  if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; fi
-	@for bench in bench/[a-z]*.py; do \
-	  grep -q '^def main' $$bench || continue; \
-	  name=$$(basename $$bench .py); echo "bench $$name"; \
-	  $(BIN)/python -m worldloop.bench.$$name --out $(RUNS)/gpu || exit 1; \
-	done
+	@failed=""; \
+	run() { echo "bench $$*"; $(BIN)/worldloop bench "$$@" --out $(RUNS)/gpu || failed="$$failed $$1"; }; \
+	run kernels; run policy; \
+	run vae --batches 1 8 32; run vae --picture 480 640 --batches 1 4 16; \
+	run train; run train --picture 480 640 --batch 1; \
+	run rollout --reference-batches 1 8 --batches 1 8 32 64; \
+	run rollout --picture 480 640 --no-gate-procedure --batches 1 4 16; \
+	$(BIN)/worldloop bench report --results $(RUNS)/gpu --docs $(RUNS)/gpu || failed="$$failed report"; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi
 	@echo "results: $(RUNS)/gpu"
 
 clean:

@@ -15,39 +15,32 @@ printed before the arms' latents agree in fp32.
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 from worldloop.bench import timing
-from worldloop.bench.parts import Parts, engine_shares
-from worldloop.bench.published import PublishedDiT, published_step
-from worldloop.bench.roofline import dit_pass, vae_bytes
-from worldloop.bench.worlds import (
-    VAEWork,
-    bench_world,
-    check_preset,
-    default_preset,
-    random_actions,
-    reference_flops,
-    start_state,
-    streaming_flops,
-    vae_flops,
+from worldloop.bench.arms import (
+    ARMS,
+    PASSES,
+    TOLERANCE,
+    Arm,
+    Episodes,
+    VAECost,
+    gate,
+    require_equal,
+    vae_costs,
 )
+from worldloop.bench.parts import Parts, engine_shares
+from worldloop.bench.published import PublishedDiT
+from worldloop.bench.worlds import bench_world, check_preset, default_preset
 from worldloop.engine.backends import BACKENDS, wrap_world
-from worldloop.engine.world_model import Decode, Steps, WorldModel
+from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
-TOLERANCE = 1e-3  # relative L2 of the arms' latents, fp32
-ARMS = ("A0", "A1", "A2", "B", "C4", "C4p", "C2", "C2p", "C1", "C1p")
-PASSES = {"A0": 72, "A1": 36, "A2": 36, "B": 36}
 RATIOS = (("A1", "A0"), ("A2", "A1"), ("B", "A0"), ("B", "A1"), ("B", "A2"), ("C4", "B"),
           ("C4", "A0"), ("C4p", "A0"), ("C1p", "A0"))  # fmt: skip
 
@@ -97,161 +90,79 @@ class RolloutBench:
             raise UserError("reference_batches and batches must be at least 1")
 
 
-# Arms --------------------------------------------------------------------------------------------
-
-
-class Arm:
-    """One way to make a chunk, with its own episodes; each call makes the next chunk.
-
-    world: for the A arms the plain one, for the engine's that of its back end.
-    """
-
-    def __init__(self, name: str, world: WorldModel, network: PublishedDiT, rows: int) -> None:
-        self.name, self.world, self.network, self.rows = name, world, network, rows
-        self.state = start_state(world, rows)
-        self.actions = random_actions(world, rows)
-        self.steps = int(re.sub(r"\D", "", name)) if name[0] == "C" else 36
-
-    def moved(self, item_bytes: int) -> int:
-        """Bytes that the DiT must move for one chunk of the batch, all elementwise work fused."""
-        config = self.world.config
-        if self.name in PASSES:
-            one = dit_pass(config, config.block + 1, 0, self.rows, item_bytes)
-            return PASSES[self.name] * one.moved
-        history = config.sink + config.window
-        one = dit_pass(config, config.block, history, self.rows, item_bytes)
-        return (self.steps + 1) * one.moved
-
-    @property
-    def flops(self) -> int:
-        """Of the DiT for one chunk of the batch, as this arm executes them."""
-        config = self.world.config
-        if self.name in PASSES:
-            published = self.name != "B"
-            return self.rows * reference_flops(config, PASSES[self.name], published=published)
-        return self.rows * streaming_flops(config, self.steps)
-
-    def __call__(self) -> np.ndarray:
-        if self.name[0] == "A":
-            _, frames, _, self.state = published_step(
-                self.world, self.network, self.state, self.actions, guided=self.name == "A0"
-            )
-            return frames
-        steps: Steps = "reference" if self.name == "B" else self.steps
-        decode: Decode = "policy" if self.name.endswith("p") else "all"
-        chunk, self.state = self.world.step(self.state, self.actions, steps=steps, decode=decode)
-        assert chunk.frames is not None
-        return chunk.frames
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-@torch.inference_mode()
-def gate(
-    plain: WorldModel, world: WorldModel, network: PublishedDiT, procedure: bool
-) -> dict[str, Any]:
-    """Agreement of the arms in the world's dtype (fp32 for the gate); raises nothing.
-
-    plain: what the A arms use; world: the same weights behind the engine's back end.
-
-    forward: one pass of the network, engine against diffusers. chunk, chunk_guided: latents of a
-    whole chunk of the reference procedure against A1 and A0. policy_frame: whether decode="policy"
-    gives the last frame of decode="all", as the largest difference of a pixel.
-    """
-    state, actions = start_state(world, 1), random_actions(world, 1)
-    shape = (1, world.config.dit.latent_channels, world.config.block + 1, *world.config.reward.grid)
-    generator = torch.Generator(world.device).manual_seed(0)
-    x = torch.randn(shape, generator=generator, device=world.device)
-    t = torch.rand(1, shape[2], generator=generator, device=world.device)
-    poses = torch.randn(actions.shape, generator=generator, device=world.device)
-    ours = world.dit(x, t, poses, observed_frames=1, return_kv=False).sample
-    found: dict[str, Any] = {
-        "forward": relative_l2(ours, network(x, t, poses, observed_frames=1)[0])
-    }
-    if procedure:
-        caught: list[Tensor] = []
-        hook = world.reward.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        world.step(state, actions, steps="reference")
-        hook.remove()
-        for name, guided in (("chunk", False), ("chunk_guided", True)):
-            latents = published_step(plain, network, state, actions, guided=guided)[0]
-            found[name] = relative_l2(caught[0], latents)
-    shown = [_last_frame(world, actions, decode) for decode in ("all", "policy")]
-    found["policy_frame"] = int(np.abs(shown[0] - shown[1]).max())
-    return found
-
-
-def _last_frame(world: WorldModel, actions: np.ndarray, decode: Decode) -> np.ndarray:
-    chunk, _ = world.step(start_state(world, len(actions)), actions, steps=1, decode=decode)
-    assert chunk.frames is not None
-    return chunk.frames[:, -1].astype(int)
-
-
-def require_equal(found: dict[str, Any]) -> None:
-    """Raise UserError where the arms do not make the same chunk: then no speed is printed."""
-    for name in ("forward", "chunk", "chunk_guided"):
-        if name in found and not found[name] <= TOLERANCE:
-            raise UserError(
-                f"the engine and diffusers differ by {found[name]:.1e} ({name}, relative L2, "
-                f"fp32; at most {TOLERANCE:.0e}): no speed for unequal work"
-            )
-    if found["policy_frame"] > 1:
-        raise UserError(
-            f'decode="policy" differs from decode="all" by {found["policy_frame"]} levels'
-        )
-
-
 # One batch size ----------------------------------------------------------------------------------
+
+
+class Bench:
+    """The two worlds (plain and behind the back end), the published networks, what fits."""
+
+    def __init__(
+        self, config: RolloutBench, plain: WorldModel, world: WorldModel, network: PublishedDiT
+    ) -> None:
+        self.config, self.plain, self.world = config, plain, world
+        self.device = plain.device
+        self.networks = {"A1": network}
+        self.wanted = [a for a in config.arms if a != "A2" or config.compile]
+        if "A2" in self.wanted:
+            self.networks["A2"] = PublishedDiT(plain.dit).compile()
+        self.costs = vae_costs(plain)
+        self.too_large: set[str] = set()  # arms that ran out of memory at a smaller batch
+
+    def batch(self, rows: int, ceilings: timing.Ceilings) -> list[dict[str, Any]]:
+        """Warm the arms of one batch size, time them in turn, and look at each once more."""
+        config, device = self.config, self.device
+        found: dict[str, dict[str, Any]] = {}
+        arms: dict[str, Arm] = {}
+        streaming: Episodes | None = None
+        for name in self.wanted:
+            sizes = config.reference_batches if name in PASSES else config.batches
+            if rows not in sizes or name in self.too_large:
+                continue
+            found[name] = {"arm": name, "batch": rows}
+            try:
+                if name[0] == "C":
+                    episodes = streaming = streaming or Episodes(self.world, rows, history=True)
+                else:
+                    episodes = Episodes(self.plain, rows, history=False)
+                world = self.plain if name[0] == "A" else self.world
+                arm = Arm(name, world, self.networks.get(name, self.networks["A1"]), episodes)
+                found[name] |= warm(arm, device)
+                arms[name] = arm
+            except torch.cuda.OutOfMemoryError:
+                self.out_of_memory(found[name])
+                if streaming is not None and name[0] == "C":
+                    streaming.restart()  # they stopped half-way
+                    for other in [a for a in arms.values() if a.streams][:1]:
+                        warm(other, device)
+        times = {name: timing.Times() for name in arms}
+        for _ in range(config.rounds):
+            for name, arm in arms.items():
+                for _ in range(config.per_round if arm.streams else 1):
+                    times[name].add(arm, device)
+        ceilings.measure()
+        for name, arm in arms.items():
+            row = results_of(arm, times[name], found[name], self.costs[name], ceilings.gemm)
+            if name not in ("A0", "A2"):  # A0 is twice A1; a profile of it takes minutes
+                row["launches"] = timing.launches(arm, device)
+            print(line_of(row), flush=True)
+        return list(found.values())
+
+    def out_of_memory(self, row: dict[str, Any]) -> None:
+        """Note it in the row, leave the arm out of larger batches, give the memory back."""
+        row["out_of_memory"] = True
+        self.too_large.add(row["arm"])
+        print(f"{row['arm']:>4} batch {row['batch']}: out of memory", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def warm(arm: Arm, device: torch.device) -> dict[str, Any]:
     """Fill the history and run every shape; the first chunk's seconds and the last one's memory."""
     first = timing.time_once(arm, device)[0]
     full = arm.world.config.sink + arm.world.config.window
-    for _ in range(1 + -(-full // arm.world.config.block) if arm.name[0] == "C" else 0):
+    for _ in range(1 + -(-full // arm.world.config.block) if arm.streams else 0):
         arm()
     return {"first_s": first, "memory": timing.peak_memory(arm, device)}
-
-
-def measure(
-    name: str, arms: dict[tuple[str, int], Arm], make: Callable[[str, int], Arm], rows: int,
-    device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
-    """Make and warm one arm; its row so far, with `out_of_memory` where it does not fit."""
-    row: dict[str, Any] = {"arm": name, "batch": rows}
-    try:
-        arm = make(name, rows)
-        row |= warm(arm, device)
-        arms[name, rows] = arm
-    except torch.cuda.OutOfMemoryError:
-        row["out_of_memory"] = True
-        gc.collect()
-        torch.cuda.empty_cache()
-    return row
-
-
-@dataclass(frozen=True)
-class VAECost:
-    """What one row's chunk asks of the autoencoder."""
-
-    flops: int
-    moved: int  # bytes
-
-
-def vae_costs(plain: WorldModel) -> dict[str, VAECost]:
-    """By arm: the clip and the next first frame as published, or a chunk that continues."""
-    item = next(plain.autoencoder.parameters()).element_size()
-    works: tuple[VAEWork, ...] = ("encode", "decode", "decode_last", "clip")
-    one = {work: VAECost(vae_flops(plain, work), vae_bytes(plain, work, item)) for work in works}
-    clip, encode = one["clip"], one["encode"]
-    published = VAECost(clip.flops + encode.flops, clip.moved + encode.moved)
-    found = {}
-    for name in ARMS:
-        streaming = one["decode_last" if name.endswith("p") else "decode"]
-        found[name] = published if name in PASSES else streaming
-    return found
 
 
 def results_of(
@@ -325,41 +236,11 @@ def bench(config: RolloutBench) -> dict[str, Any]:
         world = wrap_world(plain, backend, attention=config.attention)
         parity = gate(plain, world, networks["A1"], config.gate_procedure)
         print(f"parity, {timing.dtype_name(dtype)}: {parity}", flush=True)
-    wanted = [a for a in config.arms if a != "A2" or config.compile]
-    if "A2" in wanted:
-        networks["A2"] = PublishedDiT(plain.dit).compile()
+    runs = Bench(config, plain, world, networks["A1"])
     ceilings = timing.Ceilings(dtype, device).measure()
-    costs = vae_costs(plain)
-
-    def make(name: str, rows: int) -> Arm:
-        own = plain if name[0] == "A" else world
-        return Arm(name, own, networks.get(name, networks["A1"]), rows)
-
     rows: list[dict[str, Any]] = []
-    too_large: set[str] = set()
     for batch in sorted({*config.reference_batches, *config.batches}):
-        arms: dict[tuple[str, int], Arm] = {}
-        fresh: dict[str, dict[str, Any]] = {}
-        for name in wanted:
-            sizes = config.reference_batches if name in PASSES else config.batches
-            if batch not in sizes or name in too_large:
-                continue
-            fresh[name] = measure(name, arms, make, batch, device)
-            if "out_of_memory" in fresh[name]:
-                too_large.add(name)
-        times: dict[str, timing.Times] = {name: timing.Times() for name, _ in arms}
-        for _ in range(config.rounds):
-            for (name, _), arm in arms.items():
-                for _ in range(config.per_round if name[0] == "C" else 1):
-                    times[name].add(arm, device)
-        ceilings.measure()
-        for (name, _), arm in arms.items():
-            row = results_of(arm, times[name], fresh[name], costs[name], ceilings.gemm)
-            if name not in ("A0", "A2"):  # A0 is twice A1; a profile of it takes minutes
-                row["launches"] = timing.launches(arm, device)
-            print(line_of(row), flush=True)
-        rows += fresh.values()
-        del arms
+        rows += runs.batch(batch, ceilings)
         gc.collect()
     values = {
         "preset": preset,
@@ -375,7 +256,7 @@ def bench(config: RolloutBench) -> dict[str, Any]:
         "speedups": speedups(rows),
     }
     if config.shares:
-        networks.clear()
+        del runs
         values["shares"] = engine_shares(world, preset, config.shares_batch, device, dtype)
     packages = ("diffusers", "triton", "numpy")
     return timing.document("rollout", config, device, config.threads, values, packages)

@@ -186,10 +186,11 @@ def gate(trainer: Trainer) -> dict[str, float]:
     }
     # There is no text in training, so cross-attention takes no part.
     wrong = [n for n, v in norms.items() if "cross_attn" not in n and not 0 < v < math.inf]
-    if not math.isfinite(float(loss.detach())) or wrong:
-        raise UserError(f"training step: loss {float(loss)}, no gradient in {wrong[:1]}; no speed")
+    value = float(loss.detach())
+    if not math.isfinite(value) or wrong:
+        raise UserError(f"training step: loss {value}, no gradient in {wrong[:1]}; no speed")
     trainer.optimizer.zero_grad()
-    return {"loss": float(loss.detach()), "least_gradient": min(v for v in norms.values() if v > 0)}
+    return {"loss": value, "least_gradient": min(v for v in norms.values() if v > 0)}
 
 
 def bench(config: TrainBench) -> dict[str, Any]:

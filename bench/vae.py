@@ -25,7 +25,6 @@ from worldloop.bench.worlds import (
     vae_flops,
     vae_work,
 )
-from worldloop.engine.vae import WanVAE
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
@@ -86,9 +85,10 @@ def bench(config: VAEBench) -> dict[str, Any]:
     device = timing.device_of(config.device)
     dtype = timing.dtype_of(config.dtype, device)
     preset = default_preset(config.preset, device)
-    world = bench_world(preset, config.picture, device, dtype, window=config.window)
-    if isinstance(world.autoencoder, WanVAE) and config.channels_last and device.type == "cuda":
-        world.autoencoder.channels_last()
+    world = bench_world(
+        preset, config.picture, device, dtype, window=config.window,
+        channels_last=config.channels_last,
+    )  # fmt: skip
     parity = gate(world, dtype)
     with torch.inference_mode(False):
         flops = {work: vae_flops(world, work) for work in WORKS}

@@ -89,10 +89,12 @@ def bench_world(
     dtype: torch.dtype,
     *,
     window: int | None = None,
+    channels_last: bool = True,
 ) -> WorldModel:
     """`tiny` as shipped, or a large preset with random weights made on the device.
 
-    window: latent frames per pass of the Wan autoencoder.
+    window: latent frames per pass of the Wan autoencoder; channels_last: its weights' order on a
+    GPU, for every arm alike.
     """
     config = bench_config(name, picture)
     if window is not None:
@@ -101,7 +103,10 @@ def bench_world(
         config = replace(config, autoencoder=replace(config.autoencoder, window=window))
     if name == "tiny":
         return WorldModel.from_pretrained("tiny", device=device, dtype=dtype)
-    return random_world(config, device, dtype)
+    world = random_world(config, device, dtype)
+    if channels_last and device.type == "cuda" and isinstance(world.autoencoder, WanVAE):
+        world.autoencoder.channels_last()
+    return world
 
 
 def random_world(config: WorldModelConfig, device: torch.device, dtype: torch.dtype) -> WorldModel:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from worldloop.bench.arms import TOLERANCE, gate, relative_l2, require_equal
 from worldloop.bench.published import PublishedDiT, published_step
-from worldloop.bench.rollout import TOLERANCE, gate, relative_l2, require_equal
 from worldloop.bench.worlds import (
     ACTIONS,
     random_actions,
