@@ -43,7 +43,7 @@ ONLY_IN = {
     "lpips": {"worldloop/metrics.py"},
     "wandb": {"worldloop/track.py"},
     "huggingface_hub": {"worldloop/hub.py"},
-    "diffusers": set[str](),
+    "diffusers": {"bench/published.py"},
     "transformers": {"engine/policy/vllm_plugin.py"},  # vLLM's model configurations are its own
     "torchvision": set[str](),
     "timm": set[str](),
