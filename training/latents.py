@@ -11,8 +11,8 @@ T actions, A action dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,8 +90,8 @@ class Batch:
     episodes: tuple[str, ...] = ()  # what each row is, for messages
 
     def to(self, device: torch.device) -> Batch:
-        moved = (x.to(device) for x in (self.latents, self.poses, self.reward, self.weight))
-        return Batch(*moved, self.episodes)
+        tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 class Sampling(Protocol):
@@ -214,15 +214,16 @@ class Ahead:
 
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self.make, self.pool = make, ThreadPoolExecutor(1, "batch")
-        self.step, self.coming = -1, self.pool.submit(lambda: None)
+        self.step = -1
+        self.coming: Future[Batch] | None = None
 
     def at(self, step: int, last: bool) -> Batch:
         """The batch of a step; ``last``: none follows."""
-        batch = self.coming.result() if step == self.step else self.make(step)
+        coming = self.coming if step == self.step else None
+        batch = self.make(step) if coming is None else coming.result()
         self.step = step + 1
         if not last:
             self.coming = self.pool.submit(self.make, step + 1)
-        assert isinstance(batch, Batch)
         return batch
 
     def close(self) -> None:

@@ -276,8 +276,8 @@ class _Training:
         with time.part("update"):
             if not config.fsdp:
                 self.workers.average_gradients(model)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            norm = float(norm.full_tensor() if config.fsdp else norm)  # type: ignore[operator]
+            total: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = float(total.full_tensor() if config.fsdp else total)
             values = {k: float(v.detach()) for k, v in losses.items()}
             if not np.isfinite(norm):
                 raise self.not_finite(batch, values["loss"], norm)
