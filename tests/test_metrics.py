@@ -298,3 +298,50 @@ def test_outcome_classifier_round_trip(tmp_path: Path) -> None:
 def test_the_shipped_kind_of_classifier_is_small(tmp_path: Path) -> None:
     folder = OutcomeClassifier(OutcomeNet(), 128, "PushCube-v1", {}).save(tmp_path)
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 300_000
+
+
+# ---------------------------------------------------------------- videos as clouds
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (40_000, 3)), rng.normal(0, 1, (40_000, 3)) * [2, 1, 0.5] + [3, 0, 0]
+    # Diagonal covariances: sum of squared differences of means and of standard deviations.
+    assert metrics.frechet_distance(a, b) == pytest.approx(9 + 1 + 0 + 0.25, rel=0.03)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    assert metrics.frechet_distance(a @ turn, b @ turn) == pytest.approx(
+        metrics.frechet_distance(a, b), rel=1e-6
+    )
+    from scipy.linalg import sqrtm
+
+    A, B = np.cov(a[:50], rowvar=False), np.cov(b[:50], rowvar=False)
+    means = a[:50].mean(0) - b[:50].mean(0)
+    expected = means @ means + np.trace(A + B - 2 * sqrtm(A @ B).real)
+    assert metrics.frechet_distance(a[:50], b[:50]) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="of 1 and 50 clips"):
+        metrics.frechet_distance(a[:1], b[:50])
+
+
+class _Backbone(torch.nn.Module):
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features and x.shape[3] == 224
+        return torch.stack([x.mean((1, 2, 3, 4)), x[:, 0].mean((1, 2, 3))], 1)
+
+
+def test_fvd_takes_a_backbone_and_names_its_absence(tmp_path):
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (6, 4, 8, 8, 3), np.uint8)
+    value, reason = metrics.fvd(real, real, None)
+    assert value is None and "I3D backbone" in reason
+    with pytest.raises(UserError, match=r"nowhere.pt: the I3D backbone of FVD cannot be loaded"):
+        metrics.fvd(real, real, tmp_path / "nowhere.pt")
+    torch.jit.script(_Backbone()).save(str(tmp_path / "i3d.pt"))
+    same, reason = metrics.fvd(real, real, tmp_path / "i3d.pt")
+    assert same == pytest.approx(0, abs=1e-9) and reason == ""
+    brighter = (real // 2 + 127).astype(np.uint8)
+    other, _ = metrics.fvd(real, brighter, tmp_path / "i3d.pt")
+    x = real.astype(np.float64) / 127.5 - 1
+    y = brighter.astype(np.float64) / 127.5 - 1
+    clouds = [np.stack([v.mean((1, 2, 3, 4)), v[..., 0].mean((1, 2, 3))], 1) for v in (x, y)]
+    assert other == pytest.approx(metrics.frechet_distance(*clouds), rel=0.05) and other > 0.1

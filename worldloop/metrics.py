@@ -21,9 +21,9 @@ from worldloop.objects import ObjectTrack, locate_object, object_within
 from worldloop.types import Episode, Rollout
 
 __all__ = [
-    "Alignment", "Classifier", "Comparison", "ObjectTrack", "compare_rollout", "locate_object",
-    "lpips", "mse", "object_within", "outcome_alignment", "psnr", "psnr_of_mse", "ssim",
-    "wilson_interval",
+    "Alignment", "Classifier", "Comparison", "ObjectTrack", "compare_rollout", "frechet_distance",
+    "fvd", "locate_object", "lpips", "mse", "object_within", "outcome_alignment", "psnr",
+    "psnr_of_mse", "ssim", "wilson_interval",
 ]  # fmt: skip
 
 Pictures = npt.NDArray[np.uint8]  # [..., H, W, 3]
@@ -158,6 +158,50 @@ def lpips(real: Pictures, imagined: Pictures) -> tuple[float | None, str]:
     return total / max(count, 1), ""
 
 
+def frechet_distance(a_ND: Float, b_ND: Float) -> float:
+    """Distance of two clouds of features as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    if len(a_ND) < 2 or len(b_ND) < 2:
+        raise UserError(f"Frechet distance of {len(a_ND)} and {len(b_ND)} clips; needs 2 or more")
+    means = a_ND.mean(0) - b_ND.mean(0)
+    A, B = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a_ND, b_ND))
+    # tr (A B)^(1/2) by the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
+    values, vectors = np.linalg.eigh(A)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ B @ root), 0, None)).sum()
+    return float(means @ means + np.trace(A) + np.trace(B) - 2 * cross)
+
+
+def fvd(
+    real_BTHW3: Pictures, imagined_BTHW3: Pictures, backbone: Path | None
+) -> tuple[float | None, str]:
+    """Frechet video distance and "", or None and the reason why it cannot be measured here.
+
+    backbone: TorchScript file of the I3D network that FVD is defined by (``i3d_torchscript.pt``,
+    called with clips [B,3,T,224,224] in [-1,1] and ``return_features=True``). It is never
+    downloaded. Raises UserError when the file that is named cannot be loaded.
+    """
+    _check_pair(real_BTHW3, imagined_BTHW3)
+    if backbone is None:
+        return None, "FVD needs its I3D backbone; give the TorchScript file with --fvd"
+    try:
+        network = torch.jit.load(str(backbone)).eval()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{backbone}: the I3D backbone of FVD cannot be loaded; give its TorchScript file"
+        ) from error
+    clouds = []
+    for clips in (real_BTHW3, imagined_BTHW3):
+        features = []
+        for clip in clips:
+            x = torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2)[None].float()
+            size = (x.shape[2], 224, 224)
+            x = torch.nn.functional.interpolate(x, size, mode="trilinear", align_corners=False)
+            with torch.no_grad():
+                features.append(network(x / 127.5 - 1, return_features=True).double())
+        clouds.append(torch.cat(features).numpy())
+    return frechet_distance(clouds[0], clouds[1]), ""
+
+
 # ---------------------------------------------------------------- outcomes
 
 
@@ -280,7 +324,8 @@ def compare_rollout(
 ) -> Comparison:
     """Measure a rollout with every frame decoded against the episodes it re-imagines.
 
-    ``real[b]`` must be the episode whose start and actions row b had. Raises UserError when the
+    ``real[b]`` must be the episode whose start and actions row b had. object_color: "" where no
+    colour tells the object. Raises UserError when the
     numbers of episodes or frames differ, or frames were not decoded.
     """
     if rollout.frames is None:
@@ -307,10 +352,17 @@ def compare_rollout(
         psnr_static=psnr_of_mse(np.maximum(static, 1e-10)),
         ssim=ssim(true[:, 1:], imagined[:, 1:]),
         mse=error,
-        track=object_within(true[:, 1:], imagined[:, 1:], pixels, object_color),
+        track=_track(true[:, 1:], imagined[:, 1:], pixels, object_color),
         reward=outcome_alignment(truth, rollout.success),
         visual=None if visual is None else outcome_alignment(truth, visual),
         true_success=truth,
         reward_success=np.asarray(rollout.success, bool),
         visual_success=visual,
     )
+
+
+def _track(real: Pictures, imagined: Pictures, pixels: float, color: str) -> ObjectTrack:
+    if color:
+        return object_within(real, imagined, pixels, color)
+    nothing = np.zeros(real.shape[:-3], bool)
+    return ObjectTrack(nothing, nothing, np.full(nothing.shape, np.nan), pixels)

@@ -1,0 +1,1 @@
+../../worldloop/calibration.py
