@@ -25,8 +25,8 @@ from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
 from worldloop.kernels.op import HAS_TRITON, Case, Op
 
-# Of a case on a CPU: what a core does in about a second.
-MOST_BYTES, MOST_FLOPS = 128 << 20, 40e9
+# Of a case on a CPU: what a core does in a few tenths of a second.
+MOST_BYTES, MOST_FLOPS = 64 << 20, 5e9
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class KernelBench:
     out: Path = Path("bench/results")
     op: str | None = None
     """Only this operator."""
-    repeats: int = 20
+    repeats: int = 10
     rounds: int = 3
     """How often the arms take turns."""
     compiled: bool = True
@@ -64,33 +64,40 @@ def arms_of(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable[
 
 @torch.inference_mode()
 def time_case(
-    op: Op, case: Case, device: torch.device, config: KernelBench, ceilings: Ceilings
+    op: Op, case: Case, device: torch.device, config: KernelBench
 ) -> list[dict[str, Any]]:
-    """One row an arm: error, and where that passes the gate its times and share of the floor."""
+    """One row an arm: its error and, where that passes the gate, its times."""
     inputs = case.make(device)
     rows: list[dict[str, Any]] = []
-    runs, times = {}, {}
+    runs: dict[str, Callable[[], Any]] = {}
+    times: dict[str, Times] = {}
     for name, function in arms_of(op, device, config.compiled).items():
         error = op.error_of(function, inputs)
-        row = {
+        passed = error <= case.tolerance
+        rows.append({
             "op": op.name, "case": case.name, "implementation": name,
             "bytes": case.bytes, "flops": case.flops,
-            "error": error, "tolerance": case.tolerance, "passed": error <= case.tolerance,
-        }  # fmt: skip
-        rows.append(row)
-        if row["passed"]:
+            "error": error, "tolerance": case.tolerance, "passed": passed,
+        })  # fmt: skip
+        if passed:
             runs[name], times[name] = partial(function, **inputs), Times()
     for _ in range(config.rounds):
         for name, run in runs.items():
             times[name].wall += kernel_seconds(run, config.repeats, device)
-    floor = max(case.bytes / ceilings.copy, case.flops / ceilings.gemm)
     for row in rows:
-        found = times.get(row["implementation"])
-        if found is not None:
-            row.update(found.to_dict(), floor_s=floor, share_of_floor=floor / found.p50,
-                       gb_per_s=case.bytes / found.p50 / 1e9)  # fmt: skip
-            del row["gpu_p50_s"]  # on a GPU these are event times already
+        if row["passed"]:
+            row.update(times[row["implementation"]].to_dict())
+            del row["gpu_p50_s"]  # on a GPU all of them are event times
     return rows
+
+
+def beside_floor(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """The row with its floor in seconds, what share of it its median reaches, and its rate."""
+    if not row["passed"]:
+        return row
+    floor = max(row["bytes"] / ceilings.copy, row["flops"] / ceilings.gemm)
+    share, rate = floor / row["p50_s"], row["bytes"] / row["p50_s"] / 1e9
+    return {**row, "floor_s": floor, "share_of_floor": share, "gb_per_s": rate}
 
 
 def fits(case: Case, device: torch.device) -> bool:
@@ -111,12 +118,29 @@ def bench(config: KernelBench) -> dict[str, Any]:
             if not case.large:
                 continue  # small cases are for tests
             if fits(case, device):
-                rows += time_case(op, case, device, config, ceilings)
-                print(*map(line, rows[-1:] if device.type != "cuda" else rows[-3:]), sep="\n")
+                rows += time_case(op, case, device, config)
             else:
                 left_out.append(f"{op.name}, {case.name}")
-    values = {"ceilings": ceilings.measure().to_dict(), "rows": rows, "left_out": left_out}
+        ceilings.measure()
+    rows = [beside_floor(row, ceilings) for row in rows]
+    values = {"ceilings": ceilings.to_dict(), "rows": rows, "left_out": left_out}
     return timing.document("kernels", config, device, config.threads, values, ["triton"])
+
+
+def floors_table(copy: float, gemm: float) -> str:
+    """Markdown: bytes, FLOPs and computed floor of every large case at given rates (docs)."""
+    lines = ["| operator | case | MB | GFLOP | floor, us | bound by |", "|---|---|--:|--:|--:|---|"]
+    for name in OPS:
+        op = load_op(name)
+        for case in op.cases:
+            if case.large:
+                move, count = case.bytes / copy, case.flops / gemm
+                by = "memory" if move >= count else "products"
+                lines.append(
+                    f"| `{name}` | {case.name} | {case.bytes / 1e6:.4g} | {case.flops / 1e9:.3g} "
+                    f"| {1e6 * max(move, count):.3g} | {by} |"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -135,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(KernelBench, args=argv, prog="worldloop bench kernels")
     found = bench(config)
     path = timing.write(config.out, f"kernels-{config.op}" if config.op else "kernels", found)
+    print(*map(line, found["rows"]), sep="\n")
     c = found["ceilings"]
     print(f"ceilings: copy {c['copy_gb_per_s']:.1f} GB/s, {c['dtype']} products "
           f"{c['gemm_tflops']:.3g} TFLOP/s; {path}")  # fmt: skip

@@ -230,7 +230,7 @@ class DiT(nn.Module):
         blocks stay units of their own.
         """
         alone = [None] * self.config.depth
-        if not uses_triton(e_BGD, *self.parameters()):
+        if not uses_triton(e_BGD):
             return alone
         blocks = cast(Sequence[Block], self.blocks)
         heads = [head for block in blocks for head in block.modulations(cross)]
@@ -239,6 +239,8 @@ class DiT(nn.Module):
         if self.config.adaln_rank % 8 or self.config.width % 8:
             return alone
         down, up = ([cast(nn.Linear, head[i]).weight for head in heads] for i in (1, 2))
+        if not uses_triton(e_BGD, shared_BG3D, *down, *up):
+            return alone
         e_RD, shared_RP = e_BGD.flatten(0, 1).contiguous(), shared_BG3D.flatten(0, 1).contiguous()
         m_HRP = adaln_lora(e_RD, shared_RP, down, up)
         return m_HRP.view(self.config.depth, -1, *shared_BG3D.shape).unbind(0)

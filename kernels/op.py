@@ -10,6 +10,7 @@ Triton is optional. Without it the operators are their references, on CUDA as we
 direct call of a Triton launcher raises.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,8 +102,15 @@ def define(
 
     The schema is read from the annotations of `launch`; `fake` makes empty results.
     """
+
+    @functools.wraps(launch)  # which also keeps the annotations
+    def on_its_device(*args: Any, **options: Any) -> Any:
+        first = args[0] if args else next(iter(options.values()))
+        with torch.cuda.device(first.device):  # a kernel is launched on the current device
+            return launch(*args, **options)
+
     op = torch.library.custom_op(
-        f"worldloop::{name}", launch, mutates_args=mutates, device_types="cuda"
+        f"worldloop::{name}", on_its_device, mutates_args=mutates, device_types="cuda"
     )
     op.register_kernel("cpu")(reference)
     op.register_fake(fake)

@@ -7,11 +7,20 @@ On a CPU the small cases of what runs there, the reference; on a GPU every large
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from worldloop.bench.kernels import KernelBench, arms_of, bench, main, time_case
+from worldloop.bench.kernels import (
+    KernelBench,
+    arms_of,
+    bench,
+    beside_floor,
+    floors_table,
+    main,
+    time_case,
+)
 from worldloop.bench.timing import Ceilings
 from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
@@ -59,13 +68,14 @@ def test_a_wrong_result_gets_no_time() -> None:
 
     op = load_op("modulated_norm")
     case = op.cases[0]
-    ceilings = Ceilings(torch.float32, CPU, gemm=1e12, copy=1e10)
     config = KernelBench(repeats=2, rounds=2, device="cpu")
-    (row,) = time_case(op, case, CPU, config, ceilings)
+    (row,) = time_case(op, case, CPU, config)
     assert row["passed"] and row["p50_s"] > 0 and row["repeats"] == 4
-    # 1e-9 is what no fp32 result of a perturbed function reaches.
+    slow = Ceilings(torch.float32, CPU, gemm=1e12, copy=case.bytes / row["p50_s"])
+    assert beside_floor(row, slow)["share_of_floor"] == pytest.approx(1)
     wrong = dataclasses.replace(op, reference=Perturbed(op.reference))
-    (row,) = time_case(wrong, case, CPU, config, ceilings)
+    (row,) = time_case(wrong, case, CPU, config)
+    assert beside_floor(row, slow) == row
     assert not row["passed"] and "p50_s" not in row and row["error"] > case.tolerance
 
 
@@ -78,6 +88,12 @@ class Perturbed:
     def __call__(self, **inputs):
         self.calls += 1
         return self.function(**inputs) * (1.0 if self.calls == 1 else 1.01)
+
+
+def test_the_page_has_every_case() -> None:
+    """docs/kernels.md shows bytes, FLOPs and floors as CASES have them."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert floors_table(copy=4.3e12, gemm=790e12) in page
 
 
 def test_arms_on_a_cpu() -> None:
