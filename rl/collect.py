@@ -21,6 +21,7 @@ import torch
 from worldloop.cli import parse_config
 from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.policy.scripted import perturbation, scripted_policy
+from worldloop.engine.policy.scripts.common import Perturbation, aimed
 from worldloop.engine.policy.vla import TEMPERATURE, VLAPolicy
 from worldloop.engine.sampler import derive_seed
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
@@ -45,13 +46,13 @@ class CollectConfig:
     """Collect scripted episodes of one task into a dataset; start it as often as you have cores."""
 
     env: str
-    """Task: PushCube-v1, PullCube-v1, StackCube-v1 or LiftPegUpright-v1."""
+    """Task: a table-top one of ManiSkill3, such as PushCube-v1 (docs/data.md lists them)."""
     out: Path
     """Dataset folder; an existing one of the same task is continued."""
     episodes: int = 1000
     """Stop when the dataset holds this many."""
-    horizon: int = 72
-    """Actions per episode, the same for every outcome."""
+    horizon: int = 0
+    """Actions per episode, the same for every outcome; 0 is the task's own number."""
     image_size: int = 128
     seed: int = 0
     """First seed; seeds are given out once, whatever the number of processes."""
@@ -70,9 +71,11 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         try:
-            task_preset(self.env)
+            task = task_preset(self.env)
         except ValueError as error:
             raise UserError(f"env: {error}") from error
+        if self.horizon == 0:
+            object.__setattr__(self, "horizon", task.horizon)
         if not 1 <= self.episodes <= 1_000_000:
             raise ValueError(f"episodes is {self.episodes}; expected 1 .. 1000000")
         if self.horizon < 24 or self.horizon % 24:
@@ -89,12 +92,13 @@ class CollectConfig:
             raise ValueError(f"crf is {self.crf}; expected 0 .. 51")
 
 
-def _outcome_visible(env: ManiSkillEnv) -> bool:
-    goal = env.goal()
+def _outcome_visible(env: ManiSkillEnv, success: bool) -> bool:
+    """Whether a picture tells the outcome: near the goal's edge, or a failure in it, does not."""
+    goal, radius = env.goal(), env.task.goal_radius
     if goal is None:
         return True
     distance = float(np.linalg.norm(env.objects()[0, :2] - goal[:2]))
-    return abs(distance - 0.1) > VISIBLE_MARGIN
+    return abs(distance - radius) > VISIBLE_MARGIN and (distance < radius) == success
 
 
 def _frozen(actions_TA: npt.NDArray[np.float32], states_TA: npt.NDArray[np.float32]) -> int:
@@ -113,7 +117,7 @@ class Attempt:
     objects: npt.NDArray[np.float32]  # [T+1,O,7] poses
     reward: npt.NDArray[np.float32]  # [T] the simulator's success flag after each action
     sim_seed: int
-    offset: npt.NDArray[np.float64]  # [O,2] metres between where objects are and are believed
+    belief: Perturbation  # how far objects are from where they are believed
     rejected: str  # why it is not kept; empty when it is
 
 
@@ -124,9 +128,10 @@ def play(
     rng = np.random.default_rng([seed, try_])
     sim_seed = reset_in_view(env, (int(rng.integers(2**31)) for _ in itertools.count()))
     start = env.objects()
-    offset = perturbation(env.task.env_id, rng, want)
+    belief = perturbation(env.task.env_id, rng, want)
     if expert:
-        offset = np.zeros_like(offset)
+        belief = aimed(np.zeros_like(belief.offset))
+    offset = belief.offset
     half = env.task.spawn_half_width
     if half is not None and np.abs(start[0, :2] + offset[0]).max() > half:
         return "belief outside the spawn area"
@@ -147,13 +152,13 @@ def play(
         objects.append(env.objects())
     settled = reward[-SETTLED:]
     rejected = ""
-    if _frozen(np.stack(actions), np.stack(states)) > 2:
+    if not env.task.blocked and _frozen(np.stack(actions), np.stack(states)) > 2:
         rejected = "arm frozen"
     elif len(set(settled)) > 1:
         rejected = "outcome not settled"
     elif bool(settled[-1]) != want:
         rejected = "other outcome"
-    elif not _outcome_visible(env):
+    elif not _outcome_visible(env, want):
         rejected = "outcome hard to see"
     return Attempt(
         snapshots=snapshots,
@@ -162,7 +167,7 @@ def play(
         objects=np.stack(objects),
         reward=np.asarray(reward, np.float32),
         sim_seed=sim_seed,
-        offset=offset,
+        belief=belief,
         rejected=rejected,
     )
 
@@ -185,7 +190,13 @@ def attempt(
         success=want,
         objects=played.objects,
         object_pixels=np.stack([env.object_pixels(pose) for pose in played.objects]),
-        info={"sim_seed": played.sim_seed, "perturbation_m": played.offset.round(5).tolist()},
+        info={
+            "sim_seed": played.sim_seed,
+            "perturbation_m": played.belief.offset.round(5).tolist(),
+            "perturbation": played.belief.kind,
+            "grade": played.belief.grade,
+            "size_m": round(played.belief.size, 5),
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """ManiSkill3 table-top tasks: state to script from, one RGB view to learn from.
 
-The simulator is imported when an environment is made, nowhere else. Cameras are ours: with the
-default ones a 4 cm cube is 4-6 pixels wide at 128x128, too few to judge an outcome from.
+The simulator is imported when an environment is made, nowhere else. The tasks themselves are in
+`worldloop.rl.envs.tasks`.
 """
 
 from __future__ import annotations
@@ -9,96 +9,20 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from worldloop.errors import UserError
+from worldloop.rl.envs.tasks import TASKS, CameraPreset, task_preset
 from worldloop.rl.envs.vector import ChunkVectorEnv, Ints, RowsBegun, RowsPlayed
 from worldloop.types import Actions, ActionSpec
 
+__all__ = ["TASKS", "ManiSkillEnv", "ManiSkillVectorEnv", "own_sequence", "quat_to_rotvec",
+           "reset_in_view", "task_preset"]  # fmt: skip
+
 Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class CameraPreset:
-    """A fixed third-person camera; metres in the world frame (robot base at x = -0.615)."""
-
-    name: str
-    eye: tuple[float, float, float]
-    target: tuple[float, float, float]
-    fov: float  # vertical field of view, radians
-
-
-@dataclass(frozen=True)
-class TaskPreset:
-    """One task: its environment, what is told to the policy, which actors are tracked."""
-
-    env_id: str
-    instruction: str
-    camera: CameraPreset
-    objects: tuple[str, ...]  # attribute names on the environment; the first one is moved
-    goal: str | None = None
-    # The kind of pixels the first object consists of, for the detector in worldloop.objects.
-    object_color: str = "blue"
-    # Point of each object that is followed in the picture, in the object's own frame (metres).
-    tracked_point: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    # Half the width (metres) of the square around the origin that the objects are spawned in, or
-    # None where that is wider than any belief: a belief outside would betray a perturbation.
-    spawn_half_width: float | None = 0.1
-    # Farthest start (|x|, |y| in metres) that the camera shows well; None where it shows all.
-    in_view: tuple[float, float] | None = None
-    # Farthest start (x in metres) from which the task can be done: beyond it the low hand comes to
-    # where it has no inverse kinematics before the object is where it should be.
-    solvable_x: float | None = None
-
-
-# From the side and above: pushes run across the picture and the hand never hides the object.
-SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
-PULL = CameraPreset("side_pull", (-0.11, 0.74, 0.92), (-0.11, 0.0, 0.02), 0.40)
-# From farther away with a longer lens: both cubes keep their size all over the table. Flatter, so
-# that a cube behind the other does not look like one on top of it.
-STACK = CameraPreset("side_stack", (0.0, 0.76, 0.46), (0.0, 0.0, 0.05), 0.44)
-LIFT = CameraPreset("side_lift", (-0.05, 0.74, 0.46), (-0.05, 0.02, 0.12), 0.59)
-
-TASKS: dict[str, TaskPreset] = {
-    "PushCube-v1": TaskPreset(
-        "PushCube-v1",
-        "push the blue cube onto the target",
-        SIDE,
-        ("obj",),
-        "goal_region",
-        solvable_x=0.04,
-    ),
-    "PullCube-v1": TaskPreset(
-        "PullCube-v1", "pull the blue cube onto the target", PULL, ("obj",), "goal_region"
-    ),
-    "StackCube-v1": TaskPreset(
-        "StackCube-v1",
-        "stack the red cube on the green cube",
-        STACK,
-        ("cubeA", "cubeB"),
-        object_color="red",
-        spawn_half_width=None,
-        in_view=(0.13, 0.13),
-    ),
-    "LiftPegUpright-v1": TaskPreset(
-        "LiftPegUpright-v1",
-        "stand the peg upright",
-        LIFT,
-        ("peg",),
-        tracked_point=(0.06, 0.0, 0.0),  # the peg is half blue, half red
-    ),
-}
-
-
-def task_preset(env_id: str) -> TaskPreset:
-    """The preset of a task; raises ValueError naming the known ones."""
-    if env_id not in TASKS:
-        raise ValueError(f"unknown env {env_id!r}; known: {', '.join(TASKS)}")
-    return TASKS[env_id]
 
 
 def _find_software_vulkan() -> None:
@@ -170,7 +94,7 @@ class ManiSkillEnv:
                 control_mode="pd_ee_delta_pose",
                 sim_backend="cpu",
                 render_backend="cpu",
-                robot_uids="panda",
+                robot_uids=self.task.robot,
                 sensor_configs={
                     "base_camera": {
                         "width": image_size,
@@ -180,10 +104,14 @@ class ManiSkillEnv:
                     }
                 },
                 max_episode_steps=100_000,
+                **self.task.options,
             )
             self._env.reset(seed=0)
             self._sim = self._env.unwrapped
             self._sensor = self._sim._sensors["base_camera"]
+            for marker in self._sim._hidden_objects:  # such as the goal of PickCube
+                marker.show_visual()
+            self._has_gripper = self._env.action_space.shape[-1] == len(ActionSpec().names)
             self.render()
         except RuntimeError as error:
             raise UserError(
@@ -195,8 +123,12 @@ class ManiSkillEnv:
         self._env.reset(seed=seed)
 
     def step(self, action: Array) -> bool:
-        """Apply one ``pd_ee_delta_pose`` action [7] in [-1,1]; return the success flag."""
-        info = self._env.step(np.asarray(action, np.float32))[-1]
+        """Apply one ``pd_ee_delta_pose`` action [7] in [-1,1]; return the success flag.
+
+        A robot with a stick for a hand does nothing with the gripper's command.
+        """
+        command = np.asarray(action, np.float32)
+        info = self._env.step(command if self._has_gripper else command[:-1])[-1]
         return bool(info["success"].item())
 
     def tcp(self) -> npt.NDArray[np.float64]:
@@ -204,19 +136,28 @@ class ManiSkillEnv:
         return self._sim.agent.tcp.pose.raw_pose[0].numpy().astype(np.float64)
 
     def state(self) -> Array:
-        """End-effector state [7]: position, rotation vector, gripper opening in [-1, 1]."""
+        """End-effector state [7]: position, rotation vector, gripper opening in [-1, 1].
+
+        The opening of a stick is -1.
+        """
         pose = self.tcp()
-        opening = float(self._sim.agent.robot.get_qpos()[0, -2:].mean()) / 0.04
+        opening = 0.0
+        if self._has_gripper:
+            opening = float(self._sim.agent.robot.get_qpos()[0, -2:].mean()) / 0.04
         return np.concatenate(
             [pose[:3], quat_to_rotvec(pose[3:]), [2 * opening - 1]], dtype=np.float32
         )
 
     def objects(self) -> Array:
         """Poses [O,7] (x y z, w x y z) of the task's tracked objects."""
-        poses = [getattr(self._sim, name).pose.raw_pose[0].numpy() for name in self.task.objects]
+        found = [getattr(self._sim, name) for name in self.task.objects]
+        poses = [getattr(value, "pose", value).raw_pose[0].numpy() for value in found]
         return np.stack(poses).astype(np.float32)
 
     def goal(self) -> Array | None:
+        """Where the moved object must come to [3]; None where the outcome is no distance."""
+        if self.task.goal_at is not None:
+            return np.array(self.task.goal_at, np.float32)
         if self.task.goal is None:
             return None
         return getattr(self._sim, self.task.goal).pose.p[0].numpy().astype(np.float32)

@@ -1,0 +1,128 @@
+"""The ManiSkill3 table-top tasks: what is told to the policy, what is tracked, where we look from.
+
+Cameras are ours: with the default ones a 4 cm cube is 4-6 pixels wide at 128x128, too few to
+judge an outcome from. docs/data.md says which tasks are left out and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CameraPreset:
+    """A fixed third-person camera; metres in the world frame (robot base at x = -0.615)."""
+
+    name: str
+    eye: tuple[float, float, float]
+    target: tuple[float, float, float]
+    fov: float  # vertical field of view, radians
+
+
+@dataclass(frozen=True)
+class TaskPreset:
+    """One task: its environment, what is told to the policy, which actors are tracked."""
+
+    env_id: str
+    instruction: str
+    camera: CameraPreset
+    # Names on the environment, of actors or of poses; the first one is moved.
+    objects: tuple[str, ...]
+    goal: str | None = None  # the actor that the moved object must come to
+    goal_at: tuple[float, float, float] | None = None  # or a fixed point
+    goal_radius: float = 0.1  # metres on the table within which the simulator says success
+    # The kind of pixels the first object consists of, for the detector in worldloop.objects; ""
+    # where its colour is no help: a shape without one place, or a target of the same colour.
+    object_color: str = "blue"
+    # Point of each object that is followed in the picture, in the object's own frame (metres).
+    tracked_point: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # The square |x|, |y| (metres) around the origin that the first object is spawned in, or None
+    # where that is wider than any belief: a belief outside would betray a perturbation.
+    spawn_half_width: float | None = 0.1
+    # Farthest start (|x|, |y| in metres) that the camera shows well; None where it shows all.
+    in_view: tuple[float, float] | None = None
+    # Farthest start (x in metres) from which the task can be done: beyond it the low hand comes to
+    # where it has no inverse kinematics before the object is where it should be.
+    solvable_x: float | None = None
+    blocked: bool = False  # failing hands press on something: a stopped arm is no fault
+    horizon: int = 72  # actions of an episode, a multiple of 24
+    robot: str = "panda"
+    options: dict[str, Any] = field(default_factory=dict)  # further ones of the environment
+
+
+# From the side and above: pushes run across the picture and the hand never hides the object.
+SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
+PULL = CameraPreset("side_pull", (-0.11, 0.74, 0.92), (-0.11, 0.0, 0.02), 0.40)
+# From farther away with a longer lens: both cubes keep their size all over the table. Flatter, so
+# that a cube behind the other does not look like one on top of it.
+STACK = CameraPreset("side_stack", (0.0, 0.76, 0.46), (0.0, 0.0, 0.05), 0.44)
+LIFT = CameraPreset("side_lift", (-0.05, 0.74, 0.46), (-0.05, 0.02, 0.12), 0.59)
+POKE = CameraPreset("above_poke", (0.18, 0.45, 1.00), (0.18, 0.0, 0.0), 0.42)
+# From the front: the fingers close from the sides and leave what they hold to be seen.
+PICK = CameraPreset("front_pick", (0.85, 0.0, 0.50), (0.0, 0.0, 0.15), 0.46)
+PLACE = CameraPreset("side_place", (0.0, 0.62, 0.62), (0.0, 0.0, 0.02), 0.36)
+TOOL = CameraPreset("side_tool", (-0.02, 0.55, 1.15), (-0.02, -0.13, 0.0), 0.46)
+PYRAMID = CameraPreset("side_pyramid", (0.0, 0.76, 0.52), (0.0, -0.01, 0.03), 0.38)
+DRAW = CameraPreset("above_draw", (-0.09, 0.55, 0.85), (-0.09, 0.0, 0.02), 0.46)
+INSERT = CameraPreset("front_insert", (0.95, 0.02, 0.75), (0.0, 0.05, 0.05), 0.56)
+
+_PRESETS = (
+    TaskPreset(
+        "PushCube-v1", "push the blue cube onto the target", SIDE, ("obj",), "goal_region",
+        solvable_x=0.04,
+    ),
+    TaskPreset(
+        "PullCube-v1", "pull the blue cube onto the target", PULL, ("obj",), "goal_region"
+    ),
+    TaskPreset(
+        "StackCube-v1", "stack the red cube on the green cube", STACK, ("cubeA", "cubeB"),
+        object_color="red", spawn_half_width=None, in_view=(0.13, 0.13),
+    ),
+    TaskPreset(
+        "LiftPegUpright-v1", "stand the peg upright", LIFT, ("peg",),
+        tracked_point=(0.06, 0.0, 0.0),  # the peg is half blue, half red
+    ),
+    TaskPreset(
+        "PokeCube-v1", "push the red cube onto the target with the blue peg", POKE,
+        ("cube", "peg"), "goal_region", goal_radius=0.05, object_color="",
+        spawn_half_width=None,
+    ),
+    TaskPreset(
+        "PickCube-v1", "hold the red cube at the green ball", PICK, ("cube", "goal_site"),
+        "goal_site", goal_radius=0.025, object_color="red",
+    ),
+    TaskPreset(
+        "PlaceSphere-v1", "put the blue ball into the bin", PLACE, ("obj", "bin"),
+        "bin", goal_radius=0.014, spawn_half_width=None,
+    ),
+    TaskPreset(
+        "PullCubeTool-v1", "pull the blue cube near with the red tool", TOOL,
+        ("cube", "l_shape_tool"), goal_at=(-0.615, 0.0, 0.0), goal_radius=0.6,
+        spawn_half_width=None, horizon=96,
+    ),
+    TaskPreset(
+        "StackPyramid-v1", "put the red cube beside the green one and the blue cube on both",
+        PYRAMID, ("cubeC", "cubeA", "cubeB"), spawn_half_width=None, in_view=(0.11, 0.14),
+        horizon=120,
+    ),
+    TaskPreset(
+        "DrawTriangle-v1", "draw along the outline of the triangle", DRAW, ("goal_tri",),
+        object_color="", spawn_half_width=None, horizon=96, robot="panda_stick",
+    ),
+    TaskPreset(
+        "PegInsertionSide-v1", "push the orange end of the peg into the hole of the box", INSERT,
+        ("peg", "box_hole_pose", "peg_head_pose"), object_color="", spawn_half_width=None,
+        in_view=(0.2, 0.36), horizon=96, robot="panda_wristcam", blocked=True,
+        # One size of peg and box: otherwise every reset builds a scene anew.
+        options={"reconfiguration_freq": 0},
+    ),
+)  # fmt: skip
+TASKS: dict[str, TaskPreset] = {preset.env_id: preset for preset in _PRESETS}
+
+
+def task_preset(env_id: str) -> TaskPreset:
+    """The preset of a task; raises ValueError naming the known ones."""
+    if env_id not in TASKS:
+        raise ValueError(f"unknown env {env_id!r}; known: {', '.join(TASKS)}")
+    return TASKS[env_id]
