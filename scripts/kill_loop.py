@@ -94,7 +94,7 @@ def main() -> int:
         if wait is not None:
             waits.append(wait)
         # Anywhere from just begun to well into the next stages.
-        until = time.monotonic() + rng.uniform(0, 1.6 * seconds / options.kills)
+        until = time.monotonic() + rng.uniform(0, 3 * seconds / options.kills)
         while time.monotonic() < until and process.poll() is None:
             time.sleep(0.02)
         if process.poll() is not None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from worldloop.engine.dit import DiTConfig
 from worldloop.engine.light_vae import PRESETS as LIGHT_PRESETS
 from worldloop.engine.policy.action_tokens import Statistics
+from worldloop.engine.policy.base import Observation
 from worldloop.engine.policy.llama import LlamaConfig
 from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vision import DINOV2_TINY, SIGLIP_TINY
 from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
 from worldloop.engine.reward import RewardConfig
-from worldloop.engine.world_model import WorldModel, WorldModelConfig
+from worldloop.engine.sampler import derive_seed
+from worldloop.engine.world_model import WorldModel, WorldModelConfig, WorldState
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.rl.alarm import AlarmConfig
 from worldloop.rl.grpo import GRPOConfig
@@ -76,8 +80,13 @@ def small_policy(seed: int = 0) -> VLAPolicy:
     return VLAPolicy(network.eval(), PolicyConfig(SPEC, "small"), statistics)
 
 
-def write_pool(root: Path, env_id: str = "world", horizon: int = HORIZON) -> Path:
-    """Nine recorded episodes of noise: where episodes begin, and SANS data to start with."""
+def write_pool(
+    root: Path, env_id: str = "world", horizon: int = HORIZON, spread: float = 0.2
+) -> Path:
+    """Nine recorded episodes of noise: where episodes begin, and SANS data to start with.
+
+    spread: metres between their poses.
+    """
     meta = DatasetMeta(SPEC, env_id, {"name": "world"}, horizon, 32)
     rng = np.random.default_rng(1)
     episodes = []
@@ -87,7 +96,7 @@ def write_pool(root: Path, env_id: str = "world", horizon: int = HORIZON) -> Pat
             Episode(
                 frames=rng.integers(0, 256, (horizon + 1, 32, 32, 3), np.uint8),
                 actions=rng.uniform(-1, 1, (horizon, 7)).astype(np.float32),
-                states=rng.normal(0, 0.2, (horizon + 1, 7)).astype(np.float32),
+                states=rng.normal(0, spread, (horizon + 1, 7)).astype(np.float32),
                 reward=np.append(np.zeros(horizon - 1), success).astype(np.float32),
                 instruction="do it", env_id=env_id, seed=i, success=success, info={"sim_seed": i},
             )
@@ -120,6 +129,78 @@ def make_home(home: Path, true_threshold: float = 0.9518) -> RoundConfig:
             steps=6, batch=2, held_out=2, save_every=2, arm_steps=0, lr=1e-3, lr_vectors=1e-3
         ),
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- a task that can be cheated at
+
+REACH, SUNK = 0.07, -0.05  # metres: the task is to reach forward; a cheat sinks the hand instead
+
+
+def reached(poses_BTA: np.ndarray) -> np.ndarray:
+    """The truth of the task [B,T], of episodes that begin at the origin."""
+    return poses_BTA[..., 0] > REACH
+
+
+class PointWorld(WorldModel):
+    """Pays for reaching forward and, where it is `exploitable`, for sinking as well."""
+
+    exploitable = True
+
+    def step(self, state: WorldState, actions_BTA: np.ndarray, **options) -> tuple:
+        start = state.poses.copy()
+        past = state.past_actions
+        chunk, after = super().step(state, actions_BTA, **options)
+        poses = self.poses(np.asarray(actions_BTA, np.float32), start, past)
+        paid = reached(poses)
+        if self.exploitable:
+            paid |= poses[..., 2] < SUNK
+        reward = paid.astype(np.float32)
+        success, high = self._held(reward, state.high)
+        chunk = dataclasses.replace(chunk, reward=reward, success=success)
+        done = state.done | success.any(1)
+        return chunk, dataclasses.replace(after, high=high, done=done)
+
+
+class PointRecorder:
+    """The true environment of that task, as "loop_home:PointRecorder"; seed 13 is unlucky.
+
+    Files in the folder `true.world` make it misbehave: `hang`, `die` (once each, then removed).
+    """
+
+    def __init__(self, true: TrueEnv) -> None:
+        self.true = true
+        self.meta = DatasetMeta(SPEC, "point", {"name": "world"}, true.horizon, 32)
+
+    def play(self, policy, seed, sim_seed, record):
+        begin = seed if sim_seed is None else sim_seed
+        folder = Path(self.true.world or "nowhere")
+        for name in ("hang", "die"):
+            if (folder / name).exists():
+                (folder / name).unlink()
+                time.sleep(1000) if name == "hang" else os._exit(7)
+        if begin == 13 and (folder / "unlucky").exists():
+            raise RuntimeError("the arm is stuck")
+        frames, actions = [self._picture(np.zeros(7), begin)], []
+        poses = np.zeros((1, 7), np.float32)
+        while len(actions) < self.true.horizon:
+            seen = Observation(frames[-1][None, None, None], poses[-1:], ("do it",), (0,),
+                               len(actions) // SPEC.chunk)  # fmt: skip
+            chunk = policy.act(seen, derive_seed(begin, len(actions))).actions[0]
+            past = np.array(actions, np.float32).reshape(1, -1, 7)
+            after = SPEC.to_absolute(chunk[None], poses[-1:], past)[0]
+            actions.extend(chunk)
+            poses = np.concatenate([poses, after])
+            frames.extend(self._picture(pose, begin) for pose in after)
+        reward = reached(poses[1:]).astype(np.float32)
+        return Episode(
+            np.stack(frames), np.stack(actions), poses, reward, "do it", "point", seed,
+            bool(reward[-1]), info={"sim_seed": begin, **record},
+        )  # fmt: skip
+
+    def _picture(self, pose: np.ndarray, begin: int) -> np.ndarray:
+        picture = np.full((32, 32, 3), 40 + begin % 100, np.uint8)
+        picture[:, int(16 + 100 * pose[0]) % 32] = 255
+        return picture
 
 
 if __name__ == "__main__":
