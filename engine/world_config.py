@@ -68,9 +68,6 @@ class WorldModelConfig:
     trained_steps: int = 0
     arm: ArmConfig | None = None
     """How commands become poses; None: the linear fit of the action spec."""
-    lowest_z: float | None = None
-    """Metres. A hand that its commands would put lower is pressed against the table: where it
-    really is, the integrated pose does not say, and a success from there on is not believed."""
 
     def __post_init__(self) -> None:
         for name, least in (("held_frames", 1), ("sink", 0), ("window", 1), ("trained_steps", 0)):

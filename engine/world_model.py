@@ -168,7 +168,6 @@ class WorldModel(nn.Module):
             past_actions=np.zeros((B, 0, self.action_spec.dim), np.float32),
             high=np.zeros(B, np.int64),
             done=np.zeros(B, bool),
-            lost=np.zeros(B, bool),
         )
 
     def _check_start(
@@ -248,8 +247,6 @@ class WorldModel(nn.Module):
         reward = self.reward(latents).cpu().numpy().astype(np.float32)
         timer.add("reward", clock)
         success, high = self._held(reward, state.high)
-        lost = self._lost(poses, state.lost)
-        success &= ~lost
         done = state.done | success.any(1)
         chunk = Chunk(frames, reward, success, done, np.zeros(state.rows, bool))
         past = np.concatenate([state.past_actions, actions], 1)
@@ -262,7 +259,6 @@ class WorldModel(nn.Module):
             past_actions=past[:, max(0, past.shape[1] - self.lag) :],
             high=high,
             done=done,
-            lost=lost[:, -1],
             cursor=state.cursor + self.block,
             chunk=state.chunk + 1,
         )
@@ -363,14 +359,6 @@ class WorldModel(nn.Module):
             high = np.where(above[:, t], high + 1, 0)
             success[:, t] = high >= self.config.held_frames
         return success, high
-
-    def _lost(self, poses_BTA: Float, before: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """[B,T]: the hand has been below ``lowest_z`` by then."""
-        lowest = self.config.lowest_z
-        if lowest is None:
-            return np.repeat(before[:, None], poses_BTA.shape[1], 1)
-        below: npt.NDArray[np.bool_] = np.maximum.accumulate(poses_BTA[..., 2] < lowest, axis=1)
-        return below | before[:, None]
 
     # ------------------------------------------------------------ checkpoints
 

@@ -46,7 +46,6 @@ class WorldState:
     past_actions: Actions  # [B,<=lag,A] the commands that the next pose depends on, too
     high: npt.NDArray[np.int64]  # [B] consecutive frames above the reward threshold at the end
     done: npt.NDArray[np.bool_]  # [B] a success was held
-    lost: npt.NDArray[np.bool_]  # [B] the hand has been below ``lowest_z``: believe no success
     cursor: int = 1
     chunk: int = 0
 
@@ -85,7 +84,6 @@ class WorldState:
             past_actions=self.past_actions[rows],
             high=self.high[rows],
             done=self.done[rows],
-            lost=self.lost[rows],
         )
 
     @staticmethod
@@ -112,7 +110,6 @@ class WorldState:
             past_actions=np.concatenate([state.past_actions for state in states]),
             high=np.concatenate([state.high for state in states]),
             done=np.concatenate([state.done for state in states]),
-            lost=np.concatenate([state.lost for state in states]),
         )
 
     # ------------------------------------------------------------ on disk
@@ -120,7 +117,7 @@ class WorldState:
     def save(self, folder: PathLike) -> Path:
         """Write the state as one folder (safetensors and JSON); old or new, never a mixture."""
         tensors = {"last_latent": self.last_latent}
-        for name in ("poses", "past_actions", "high", "done", "lost"):
+        for name in ("poses", "past_actions", "high", "done"):
             tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
         tensors |= {f"decoder.{i}": slot for i, slot in enumerate(self.decoder.decoder)}
         ring = self.ring
@@ -186,7 +183,6 @@ class WorldState:
                 past_actions=tensors["past_actions"].numpy(),
                 high=tensors["high"].numpy(),
                 done=tensors["done"].numpy(),
-                lost=tensors["lost"].numpy(),
                 cursor=cursor,
                 chunk=int(facts["chunk"]),
             )

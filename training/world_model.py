@@ -105,8 +105,6 @@ class WorldModelTraining:
     """Recompute transformer blocks in the backward pass: less memory, a third more time."""
     fsdp: bool = False
     """Under torchrun: share weights, gradients and moments out over the processes (FSDP2)."""
-    lowest_z: float | None = None
-    """Metres: below it the hand is against the table, see `WorldModelConfig.lowest_z`."""
     arm_steps: int = 4000
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
@@ -431,7 +429,6 @@ def world_of(
         env_ids=tuple(tasks),
         tasks=tuple(tasks.values()),
         trained_steps=step,
-        lowest_z=config.lowest_z,
     )
     if base is not None:
         new = replace(
@@ -443,7 +440,6 @@ def world_of(
             sink=base.sink,
             window=base.window,
             trained_steps=base.trained_steps + step,
-            lowest_z=base.lowest_z if config.lowest_z is None else config.lowest_z,
         )
     new = replace(new, arm=None if arm is None else arm.config)
     return WorldModel(new, model.dit, autoencoder, model.reward, arm)

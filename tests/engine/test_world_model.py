@@ -427,23 +427,3 @@ def test_the_last_chunk_need_not_be_committed(small):
     small.assert_same_chunk(*chunks, levels=0, reward=0)
     with pytest.raises(UserError, match="commit=False; start again"):
         world.step(state, actions[:, :8])
-
-
-def test_no_success_is_believed_once_the_hand_is_below_the_table(small, monkeypatch):
-    """The integrated pose says nothing about a hand that is pressed against something."""
-    world = small.world_of(lowest_z=0.0, held_frames=1, reward_threshold=0.0)  # all succeeds
-    poses = np.zeros((2, 7), np.float32)
-    poses[:, 2] = 0.05
-    actions = np.zeros((2, 16, 7), np.float32)
-    actions[1, 2:6, 2] = -1  # 18 mm a step in the end: below the table within the first chunk
-    state = world.start(small.frames_of(2), poses, [1, 2])
-    first, state = world.step(state, actions[:, :8])
-    z = world.action_spec.to_absolute(actions[:, :8], poses)[1, :, 2]
-    assert (z < 0).any() and first.success[0].all()
-    np.testing.assert_array_equal(first.success[1], np.minimum.accumulate(z >= 0))
-    assert state.lost.tolist() == [False, True]
-    actions[1, 8:, 2] = 1  # coming up again does not bring it back
-    forked = state.fork(2)
-    second, state = world.step(state, actions[:, 8:])
-    assert second.success[0].all() and not second.success[1].any()
-    assert forked.lost.tolist() == [False, False, True, True]
