@@ -6,16 +6,17 @@ written anew each time: to change a sentence, change it here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from worldloop.bench import cost
 from worldloop.bench.compare import IDENTITY
-from worldloop.bench.roofline import H200, PLAN, draw, points_of
+from worldloop.bench.cost import cost_page
+from worldloop.bench.markdown import device_name, number, table
+from worldloop.bench.roofline import draw, points_of
 from worldloop.config import read_json
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -47,27 +48,10 @@ def read_results(folder: Path) -> dict[str, Document]:
     return found
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Significant digits, without an exponent where the figure is of everyday size."""
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e6:
-        text = f"{value:.{digits}g}"
-        return f"{value:,.0f}" if "e" in text or abs(value) >= 1000 else text
-    return f"{value:.{digits - 1}e}"
-
-
 def where(document: Document) -> str:
     """One line: what ran, on what."""
     machine, versions = document["machine"], document["versions"]
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{device}; torch {versions['torch']}; commit `{document['commit']}`"
+    return f"{device_name(machine)}; torch {versions['torch']}; commit `{document['commit']}`"
 
 
 # speed.md ----------------------------------------------------------------------------------------
@@ -300,103 +284,6 @@ def _is_timed(value: Any) -> bool:
     return isinstance(value, list) and any("p50_s" in row for row in value)
 
 
-# cost.md -----------------------------------------------------------------------------------------
-
-COST = f"""# What one task costs
-
-Made by `worldloop bench report`. The workload is a choice of ours: {cost.STEPS} optimisation steps,
-{cost.CHUNKS} chunks ({24 * cost.CHUNKS} frames) an episode, groups of 8 over 8 or 64 start states.
-Hours are of one device, all parts one after the other; nothing is modelled of communication between
-devices, of episodes that end early or of groups that are thrown away. **Measured** parts are timed
-by a run whose file is named; **computed** ones are arithmetic, and say so.
-"""
-
-PAPER = f"""## Against the paper
-
-The paper reports {cost.PAPER_HOURS} hours of reinforcement learning for one task within 50
-optimisation steps, and about 7 seconds for a batched generation of 24 frames on a node of H100
-GPUs. It does not say how many episodes a step has, how many GPUs the node has, how large a batch
-is, or at which resolution. {cost.PAPER_HOURS} h at 7 s are at most
-{cost.PAPER_HOURS * 3600 // 7:,} batched chunks; how many episodes that is depends on the batch.
-**So no speed-up over the {cost.PAPER_HOURS} hours can be claimed**, from any figure on this page:
-the workloads are not known to be the same. What can be compared is the published *procedure* with
-ours on the same workload and device: rows A0 and C above.
-"""
-
-
-def cost_rows(parts: Sequence[cost.Part]) -> list[list[str]]:
-    return [
-        [p.name, number(1000 * p.seconds), *(number(p.hours(n)) for n in cost.GROUPS.values()),
-         p.source]
-        for p in parts
-    ]  # fmt: skip
-
-
-def cost_page(documents: Mapping[str, Document]) -> str:
-    """The whole of docs/cost.md."""
-    head = ["part", "ms a chunk and episode", *(f"h, {g}" for g in cost.GROUPS), "source"]
-    lines = [COST]
-    gpu = cost.measured(documents, "gpu")
-    if gpu:
-        lines += ["## On a GPU, measured", ""]
-        for name, parts in gpu.items():
-            lines += [f"### {name}", "", *table(head, cost_rows(parts)), ""]
-    else:
-        lines += [
-            "## On a GPU",
-            "",
-            "**Not measured: no GPU run is committed.** Everything about `2b` below is computed.",
-            "",
-        ]
-    lines += [
-        "## `2b` with a 7b policy on one H200, computed",
-        "",
-        "Counted FLOPs and bytes over rates. *Floor*: "
-        f"{H200.gemm / 1e12:.0f} TFLOP/s for matrix products, {H200.copy / 1e12:.1f} TB/s for "
-        "copies (measured once on such a card, not by the runs here), "
-        f"{H200.attention / 1e12:.0f} TFLOP/s for attention (an assumption), the autoencoder at "
-        f"the matrix-product rate. *Plan*: {PLAN.gemm / 1e12:.0f}, {PLAN.copy / 1e12:.1f} TB/s, "
-        f"{PLAN.attention / 1e12:.0f} and {PLAN.vae / 1e12:.0f} TFLOP/s, an estimate of what a "
-        "tuned program reaches. Neither is a measurement.",
-        "",
-    ]
-    for picture in ((256, 256), (480, 640)):
-        floor, plan = (cost.computed(picture, rates) for rates in (H200, PLAN))
-        columns = ["part", *(f"h, {g}: floor / plan" for g in cost.GROUPS)]
-        body = [
-            [a.name, *(f"{number(a.hours(n))} / {number(b.hours(n))}"
-                       for n in cost.GROUPS.values())]
-            for a, b in zip(floor, plan, strict=True)
-        ]  # fmt: skip
-        for label, start in (
-            ("**all, as published (A0)**", "world model, as published"),
-            ("**all, 4 steps (C4p)**", "world model, 4 steps (C4p)"),
-        ):
-            sums = [
-                f"{number(cost.total_hours(floor, start, n))} / "
-                f"{number(cost.total_hours(plan, start, n))}"
-                for n in cost.GROUPS.values()
-            ]
-            body.append([label, *sums])
-        lines += [f"### {picture[0]}x{picture[1]}", "", *table(columns, body), ""]
-    for name, parts in cost.measured(documents, "cpu").items():
-        machine = next(
-            d["machine"] for d in documents.values()
-            if d["bench"] == "rollout" and d["machine"]["gpu"] is None
-        )  # fmt: skip
-        lines += [
-            f"## `{name}` on a CPU, measured",
-            "",
-            f"{machine['cpu']}, {machine['threads']} threads. Hours of that machine; each row at "
-            "the batch size that gave the most frames a second.",
-            "",
-            *table(head, cost_rows(parts)),
-            "",
-        ]
-    lines += [PAPER]
-    return "\n".join(lines).rstrip() + "\n"
-
-
 # Whole -------------------------------------------------------------------------------------------
 
 
@@ -408,9 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         points = points_of(document) if document["bench"] == "rollout" else []
         if points:
             height, width = document["picture"]
-            machine = document["machine"]
-            title = f"{document['preset']}, {height}x{width}, {document['dtype']}, " + (
-                machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+            title = f"{document['preset']}, {height}x{width}, {document['dtype']}, " + device_name(
+                document["machine"]
             )
             path = config.docs / "img" / roofline_name(name)
             draw(points, document["ceilings"], title, path)

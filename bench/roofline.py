@@ -136,32 +136,33 @@ def draw(points: Sequence[Point], ceilings: Mapping[str, Any], title: str, path:
     intensities = [p.flops / p.moved for p in points]
     low, high = min([*intensities, gemm / copy]) / 3, max([*intensities, gemm / copy]) * 3
     roof = [low, gemm / copy, high]
-    axes.plot(roof, [min(gemm, copy * x) / 1e12 for x in roof], color="black", lw=1.2)
-    axes.text(high, gemm / 1e12 * 1.06, f"matrix product {gemm / 1e12:.3g} TFLOP/s", ha="right")
-    axes.text(low * 1.1, copy * low / 1e12 * 1.5, f"copy {copy / 1e9:.0f} GB/s", va="bottom")
-    names = list(dict.fromkeys(p.label for p in points))
+    unit, name = (1e12, "TFLOP/s") if gemm >= 1e12 else (1e9, "GFLOP/s")
+    axes.plot(roof, [min(gemm, copy * x) / unit for x in roof], color="black", lw=1.2)
+    labels = list(dict.fromkeys(p.label for p in points))
     colours = pyplot.get_cmap("tab20")
     for p in points:
         axes.scatter(
-            p.flops / p.moved, p.flops / p.seconds / 1e12, s=46, alpha=0.9,
-            color=colours(names.index(p.label) % 20), marker="o" if p.group == "DiT" else "s",
+            p.flops / p.moved, p.flops / p.seconds / unit, s=46, alpha=0.9,
+            color=colours(labels.index(p.label) % 20), marker="o" if p.group == "DiT" else "s",
             edgecolors="black", linewidths=0.4,
         )  # fmt: skip
     handles = [
-        pyplot.Line2D([], [], marker="o", ls="", color=colours(i % 20), label=name)
-        for i, name in enumerate(names)
+        pyplot.Line2D([], [], marker="o", ls="", color=colours(i % 20), label=label)
+        for i, label in enumerate(labels)
     ]
     handles += [
         pyplot.Line2D([], [], marker=m, ls="", color="white", markeredgecolor="black", label=g)
         for m, g in (("o", "DiT"), ("s", "VAE"))
     ]
+    ceiling = f"{gemm / unit:.3g} {name} (matrix product)\n{copy / 1e9:.0f} GB/s (copy)"
+    handles.append(pyplot.Line2D([], [], color="black", label=ceiling))
     axes.legend(handles=handles, fontsize=7, frameon=False, loc="center left",
                 bbox_to_anchor=(1, 0.5))  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.set_xlabel("FLOP per byte that must move")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(name)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()

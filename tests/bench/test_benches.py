@@ -8,10 +8,11 @@ import torch
 from worldloop.bench import parts, rollout, timing, train, vae
 from worldloop.bench.arms import Arm
 from worldloop.bench.compare import rows_of
+from worldloop.bench.cost import cost_page
 from worldloop.bench.policy import main as policy_main
 from worldloop.bench.published import PublishedDiT
-from worldloop.bench.report import cost_page, read_results, speed_page
 from worldloop.bench.report import main as report_main
+from worldloop.bench.report import read_results, speed_page
 from worldloop.bench.worlds import bench_config, bench_world, random_actions, start_state
 from worldloop.errors import UserError
 
