@@ -89,6 +89,8 @@ class GRPOConfig:
     seed: int = 0
     max_batch: int = 64
     """Most episodes imagined at once."""
+    overlap: bool = False
+    """The policy acts for one half of them while the world model imagines the other half."""
     evaluate_every: int = 10
     """Steps between greedy rollouts from the held-out starts (and a sample video); 0: never."""
     evaluate_starts: int = 32
@@ -179,7 +181,8 @@ class GRPO:
         with self.precision:
             rollout = self.engine.rollout(
                 starts, horizon=config.horizon, group_size=group_size, seed=seed,
-                max_batch=config.max_batch, stop_on_success=True, **options,
+                max_batch=config.max_batch, stop_on_success=True, overlap=config.overlap,
+                **options,
             )  # fmt: skip
         return replace(rollout, policy_version=self.learner.policy.version)
 
