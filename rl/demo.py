@@ -7,13 +7,11 @@ with the actions of other episodes, to see that the world follows actions rather
 from __future__ import annotations
 
 import json
-import math
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import worldloop
 from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.policy.vla import VLAPolicy
-from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -39,16 +35,25 @@ from worldloop.metrics import (
     psnr_of_mse,
     wilson_interval,
 )
-from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
 from worldloop.rl.grpo import GRPO, TINY
-from worldloop.rl.held_out import HeldOut, load_held_out
-from worldloop.rl.pictures import Pair, write_pair, write_sheets
-from worldloop.rl.report import print_grpo, print_table, replaced_folder, targets, write_report
+from worldloop.rl.held_out import (
+    HeldOut,
+    actions_only,
+    find_classifier,
+    imagine,
+    load_held_out,
+)
+from worldloop.rl.pictures import Pair, pairs_of, write_pair, write_sheets
+from worldloop.rl.report import (
+    plain,
+    print_grpo,
+    print_table,
+    replaced_folder,
+    targets,
+    write_report,
+)
 from worldloop.rl.starts import shipped_episodes
 from worldloop.track import Progress, git_commit
-from worldloop.types import Actions, Rollout
-
-SHIPPED_CLASSIFIERS = Path(worldloop.__file__).parent / "weights/outcome"
 
 
 @dataclass(frozen=True)
@@ -90,41 +95,7 @@ class DemoConfig:
             raise UserError(f"count is {self.count}; must be at least 2 (actions are exchanged)")
 
 
-def find_classifier(config: DemoConfig, env_id: str) -> tuple[OutcomeClassifier | None, str]:
-    """The outcome classifier of the task and "", or None and the reason."""
-    if config.classifier is not None:
-        return OutcomeClassifier.load(config.classifier), ""
-    for path in sorted(SHIPPED_CLASSIFIERS.glob("*/config.json")):
-        classifier = OutcomeClassifier.load(path.parent)
-        if classifier.env_id == env_id:
-            return classifier, ""
-    return None, f"no outcome classifier of {env_id} is shipped; give one with --classifier"
-
-
 # ---------------------------------------------------------------- measuring
-
-
-def imagine(
-    world: WorldModel,
-    held_out: HeldOut,
-    actions_NTA: Actions,
-    steps: int | Literal["reference"],
-    seed: int,
-    title: str | None = None,
-) -> tuple[Rollout, float]:
-    """Imagine every episode in one batch; the rollout and its wall-clock seconds.
-
-    With a ``title`` the progress is shown.
-    """
-    engine = RolloutEngine(world, ReplayPolicy(actions_NTA, world.action_spec), steps=steps)
-    horizon = actions_NTA.shape[1]
-    since = time.perf_counter()
-    bar = None if title is None else Progress(len(actions_NTA) * horizon, title, unit="frame")
-    with bar or nullcontext():
-        rollout = engine.rollout(
-            held_out.starts, horizon=horizon, seed=seed, decode="all", progress=bar
-        )
-    return rollout, time.perf_counter() - since
 
 
 def derangement(count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -229,22 +200,6 @@ def improve(
     }
 
 
-def actions_only(held_out: HeldOut, seed: int) -> dict[str, Any]:
-    """The larger of two figures: measured with the training data, and on these episodes.
-
-    On a few dozen episodes the cross-validated figure is noisy, so it is a mean over repeats.
-    """
-    success = np.array([episode.success for episode in held_out.episodes])
-    stored = load_actions_only(held_out.folder)
-    values: dict[str, Any] = {"actions_only_stored": stored, "actions_only_here": None}
-    found = [] if stored is None else [float(stored["accuracy"])]
-    if min(success.sum(), (~success).sum()) >= 10:
-        runs = [actions_only_accuracy(held_out.actions, success, seed + i) for i in range(5)]
-        values["actions_only_here"] = statistics.fmean(run["accuracy"] for run in runs)
-        found.append(values["actions_only_here"])
-    return {"actions_only_alignment": max(found) if found else None, **values}
-
-
 def peak_memory_mb() -> float:
     """Largest resident set of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -253,39 +208,11 @@ def peak_memory_mb() -> float:
 # ---------------------------------------------------------------- the demo
 
 
-def pairs_of(
-    held_out: HeldOut, rollout: Rollout, comparison: Comparison, threshold: float
-) -> list[Pair]:
-    """What the pictures and the report show of each episode."""
-    assert rollout.frames is not None
-    pairs = []
-    for i, episode in enumerate(held_out.episodes):
-        seen = comparison.track.counted[i]
-        visual = comparison.visual_success
-        pairs.append(
-            Pair(
-                number=i,
-                real=episode.frames,
-                imagined=rollout.frames[i, :, 0],
-                true_reward=episode.reward,
-                reward=rollout.reward[i],
-                threshold=threshold,
-                success=bool(comparison.true_success[i]),
-                reward_success=bool(comparison.reward_success[i]),
-                visual_success=None if visual is None else bool(visual[i]),
-                psnr=float(comparison.psnr[i].mean()),
-                within=float(comparison.track.within[i, seen].mean()) if seen.any() else np.nan,
-                instruction=episode.instruction,
-            )
-        )
-    return pairs
-
-
 def measure(
     world: WorldModel, held_out: HeldOut, config: DemoConfig, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Comparison, list[Pair]]:
     """Every figure of summary.json, and what the pictures are made from."""
-    classifier, no_classifier = find_classifier(config, held_out.env_id)
+    classifier, no_classifier = find_classifier(held_out.env_id, config.classifier)
     say(f"{len(held_out.episodes)} episodes of {held_out.env_id} from {held_out.folder}")
     warm = held_out.first(2, world.action_spec.chunk)
     imagine(world, warm, warm.actions, config.steps, config.seed)
@@ -319,7 +246,7 @@ def measure(
         "commit": git_commit(),
         "peak_memory_mb": peak_memory_mb(),
     }
-    pairs = pairs_of(held_out, rollout, comparison, world.reward_threshold)
+    pairs = pairs_of(held_out.episodes, rollout, comparison, world.reward_threshold)
     return values, comparison, pairs
 
 
@@ -345,20 +272,9 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> dict[str, An
         values["peak_memory_mb"] = peak_memory_mb()
         values["targets"] = targets(values)
         write_report(folder, values, comparison, pairs, sheets, config.videos)
-        text = json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(plain(values), indent=2, allow_nan=False) + "\n"
         atomic_write_text(folder / "summary.json", text)
     return values
-
-
-def _plain(value: Any) -> Any:
-    """JSON has neither nan nor infinity nor numpy's numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drawn(

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from worldloop.files import atomic_path
+from worldloop.metrics import Comparison
+from worldloop.types import Episode, Rollout
 from worldloop.video import write_video
 
 Picture = npt.NDArray[np.uint8]
@@ -48,6 +50,34 @@ class Pair:
     @property
     def name(self) -> str:
         return f"episode-{self.number:03d}"
+
+
+def pairs_of(
+    episodes: Sequence[Episode], rollout: Rollout, comparison: Comparison, threshold: float
+) -> list[Pair]:
+    """What the pictures and the report show of each episode."""
+    assert rollout.frames is not None
+    pairs = []
+    for i, episode in enumerate(episodes):
+        seen = comparison.track.counted[i]
+        visual = comparison.visual_success
+        pairs.append(
+            Pair(
+                number=i,
+                real=episode.frames,
+                imagined=rollout.frames[i, :, 0],
+                true_reward=episode.reward,
+                reward=rollout.reward[i],
+                threshold=threshold,
+                success=bool(comparison.true_success[i]),
+                reward_success=bool(comparison.reward_success[i]),
+                visual_success=None if visual is None else bool(visual[i]),
+                psnr=float(comparison.psnr[i].mean()),
+                within=float(comparison.track.within[i, seen].mean()) if seen.any() else np.nan,
+                instruction=episode.instruction,
+            )
+        )
+    return pairs
 
 
 def outcome(success: bool) -> str:

@@ -56,6 +56,17 @@ _PLAIN: tuple[tuple[str, str, str], ...] = (
 )
 
 
+def plain(value: Any) -> Any:
+    """JSON has neither nan nor infinity nor numpy's numbers."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _less(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 

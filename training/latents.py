@@ -90,8 +90,13 @@ class Batch:
     episodes: tuple[str, ...] = ()  # what each row is, for messages
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            poses=self.poses.to(device),
+            reward=self.reward.to(device),
+            weight=self.weight.to(device),
+        )
 
 
 class Sampling(Protocol):

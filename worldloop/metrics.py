@@ -184,7 +184,7 @@ def fvd(
     if backbone is None:
         return None, "FVD needs its I3D backbone; give the TorchScript file with --fvd"
     try:
-        network = torch.jit.load(str(backbone)).eval()  # type: ignore[no-untyped-call]
+        network = torch.jit.load(str(backbone)).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"{backbone}: the I3D backbone of FVD cannot be loaded; give its TorchScript file"

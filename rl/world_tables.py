@@ -1,0 +1,98 @@
+"""Rows of the world model's tables, from episodes that it imagined.
+
+Shape letters: N episodes, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from worldloop.metrics import Alignment, Comparison
+from worldloop.rl.held_out import HeldOut
+from worldloop.types import Rollout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task's episodes, imagined."""
+
+    held_out: HeldOut
+    rollout: Rollout
+    comparison: Comparison
+    seconds: float
+
+    @property
+    def frames(self) -> npt.NDArray[np.uint8]:
+        """Imagined frames [N,T+1,H,W,3]."""
+        assert self.rollout.frames is not None
+        return self.rollout.frames[:, :, 0]
+
+    @property
+    def real(self) -> npt.NDArray[np.uint8]:
+        return np.stack([episode.frames for episode in self.held_out.episodes])
+
+
+def pictures(compared: Comparison, frames: int) -> dict[str, Any]:
+    """Table 1's row of the first ``frames`` frames."""
+    track = compared.track
+    seen = track.counted[:, :frames]
+    return {
+        "psnr": float(compared.psnr[:, :frames].mean()),
+        "psnr_static": float(compared.psnr_static[:, :frames].mean()),
+        "ssim": float(compared.ssim[:, :frames].mean()),
+        "mse": float(compared.mse[:, :frames].mean()),
+        "object_within_4px": float(track.within[:, :frames][seen].mean()) if seen.any() else None,
+    }
+
+
+def rate(name: str, aligned: Alignment) -> dict[str, Any]:
+    """A share of agreeing outcomes with its interval and the four counts."""
+    return {
+        name: aligned.rate, f"{name}_ci95": list(aligned.interval), f"{name}_counts":
+        aligned.to_dict(),
+    }  # fmt: skip
+
+
+def alignments(visual: Alignment | None, reward: Alignment) -> dict[str, Any]:
+    """Table 2's row; visual alignment is None without a classifier."""
+    row = {"visual_alignment": None} if visual is None else rate("visual_alignment", visual)
+    return {**row, **rate("reward_alignment", reward)}
+
+
+def add(parts: Sequence[Alignment]) -> Alignment:
+    """The counts of several tasks together."""
+    return Alignment(*(sum(column) for column in zip(*(p.to_dict().values() for p in parts))))
+
+
+def pooled(found: Sequence[Measured], frames: int) -> dict[str, Any]:
+    """Pictures as the mean over rollouts, outcomes counted together."""
+    compared = [measured.comparison for measured in found]
+    visual = [c.visual for c in compared if c.visual is not None]
+    rows = mean_of([pictures(c, frames) for c in compared])
+    return {
+        "n": sum(len(c.psnr) for c in compared),
+        **rows,
+        **alignments(add(visual) if visual else None, add([c.reward for c in compared])),
+    }
+
+
+def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of each number over rows; a figure that some row lacks is averaged without it."""
+    out: dict[str, Any] = {}
+    for name in ("psnr", "psnr_static", "ssim", "mse", "lpips", "fvd", "object_within_4px",
+                 "actions_only_alignment"):  # fmt: skip
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if any(name in row for row in rows):
+            out[name] = float(np.mean(values)) if values else None
+    return out
+
+
+def thinned(rows: Sequence[tuple[float, float, float]], most: int) -> list[Any]:
+    """At most ``most`` of the rows, evenly spaced, the ends kept."""
+    index = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))
+    return [tuple(float(v) for v in rows[i]) for i in index]
