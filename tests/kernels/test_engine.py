@@ -70,7 +70,7 @@ def small_dit(context: int = 0) -> DiT:
 
 def passes(dit: DiT, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """A first pass and one that sees it, with text where the network reads some."""
-    config = dit.config
+    config = getattr(dit, "_orig_mod", dit).config
     generator = torch.Generator().manual_seed(2)
     B, side = 2, 4
 
@@ -162,6 +162,26 @@ def test_normalised_pictures(as_kernels) -> None:
     wanted = normalise_frames(frames)
     assert as_kernels() == {}
     assert_close([normalise_frames(frames)], [wanted], 1e-6)
+
+
+@pytest.mark.slow
+def test_fused_pass_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the operators whole, the one that writes its inputs included."""
+    dit = small_dit()
+    wanted = passes(dit)
+    for module in ("kernels.gated_norm", "kernels.adaln_lora", *USERS):
+        module = importlib.import_module(f"worldloop.{module}")
+        monkeypatch.setattr(module, "uses_triton", lambda first, *rest, **options: probe(first))
+    found = passes(torch.compile(dit, fullgraph=True, backend="aot_eager", dynamic=False))
+    assert_close(found, wanted, 1e-5)
+
+
+def probe(first: Tensor) -> bool:
+    """What `uses_triton` asks torch on CUDA, answered yes on the CPU (where the operator is the
+    reference behind its custom operator)."""
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cuda"):
+        return False
+    return not torch.is_grad_enabled() or not first.requires_grad
 
 
 # On a GPU ---------------------------------------------------------------------------------------
