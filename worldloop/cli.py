@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train autoencoder": ("worldloop.training.autoencoder:main", "fit the frame autoencoder"),
     "train decoder": ("worldloop.training.decoder:main", "distil a small, fast decoder"),
     "train world-model": ("worldloop.training.world_model:main", "fit the world model"),
+    "distill": ("worldloop.training.distill:main", "make a world model of few steps"),
     "train towers": ("worldloop.training.towers:main", "pretrain the tiny policy's eyes"),
     "train policy": ("worldloop.training.policy_sft:main", "fine-tune the policy on successes"),
     "train outcome": ("worldloop.training.outcome:main", "fit the judge of final frames"),
@@ -33,6 +34,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "loop status": ("worldloop.rl.loop:status_main", "show the rounds of a loop"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "evaluate policy": ("worldloop.rl.evaluate:main", "measure how often a policy succeeds"),
+    "evaluate world-model": (
+        "worldloop.rl.evaluate_world:main",
+        "measure a world model: every table and figure of the paper",
+    ),
     "bench rollout": ("worldloop.bench.rollout:main", "published procedure against the engine"),
     "bench kernels": ("worldloop.bench.kernels:main", "time the kernels beside their ceilings"),
     "bench vae": ("worldloop.bench.vae:main", "time the autoencoder's encode and decode"),
