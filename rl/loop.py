@@ -202,16 +202,13 @@ class Loop:
 
     def inputs(self, name: str, r: int) -> list[Path]:
         """The paths that a name in `STAGES` stands for in round ``r``; outputs are verified."""
-        config, made = self.config, self.ledger.output
-        best = self.best(r)
-        base = self._resolved(config.policy)
-        best_policy = made(best, "improve", "policy") if best else base
-        if name == "base policy":
-            return [base]
-        if name == "best policy":
-            return [best_policy]
+        config, made, best = self.config, self.ledger.output, self.best(r)
         if name == "start policy":
-            return [base if config.start == "base" else best_policy]
+            name = "base policy" if config.start == "base" else "best policy"
+        if name == "base policy" or (name == "best policy" and best == 0):
+            return [self._resolved(config.policy)]
+        if name == "best policy":
+            return [made(best, "improve", "policy")]
         if name == "pretrained world":
             return [self._resolved(config.world)]
         if name == "data":

@@ -112,7 +112,7 @@ def _handed_in(out: Path, r: int) -> Made:
 
 def label(config: RoundConfig, at: Path, r: int, episodes: Path) -> Made:
     """Tell episodes apart: success, near-success (failed, but moved its object), miss."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for episode in EpisodeDataset(episodes).stream(frames=False):
         kind = "success" if episode.success else "failure"
         if not episode.success and episode.objects is not None:
