@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ VISIBLE_MARGIN = 0.008
 FARTHEST_REACH = 0.145  # metres; beyond it a low, downward gripper has no inverse kinematics
 SETTLED = 8  # last steps over which the success flag must not change
 EXPERT_STYLE = 0.15  # share of each range of styles that an expert's hand uses
+# Reasons that are the script's own; what could not be begun or seen is not.
+FAILED = ("arm frozen", "outcome not settled", "other outcome")
 TRIES = 40  # attempts at the wanted outcome before a seed is given up
 
 
@@ -174,11 +177,14 @@ def play(
 
 def attempt(
     env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
-) -> Episode | None:
-    """One scripted episode whose outcome is the wanted one, or None. Rendered only when kept."""
+) -> Episode | str:
+    """One scripted episode whose outcome is the wanted one, or why there is none.
+
+    Rendered only when it is kept.
+    """
     played = play(env, seed, want, try_, horizon, expert)
     if isinstance(played, str) or played.rejected:
-        return None
+        return played if isinstance(played, str) else played.rejected
     return Episode(
         frames=np.stack([env.render_snapshot(snapshot) for snapshot in played.snapshots]),
         actions=played.actions,
@@ -298,13 +304,18 @@ class Collector:
             return rolled
         config = self.config
         want = config.expert or wanted_outcome(seed, config.success_share)
+        rejected: Counter[str] = Counter()
         for try_ in range(TRIES):
             self.tries += 1
             episode = attempt(self.env, seed, want, try_, config.horizon, config.expert)
-            if episode is not None:
+            if isinstance(episode, Episode):
                 self.kept += 1
                 self.successes += int(want)
-                return episode
+                # What went before tells how often a script ends as it should.
+                failed = sum(n for reason, n in rejected.items() if reason in FAILED)
+                tried = {"rejected": dict(rejected), "failed_tries": failed}
+                return replace(episode, info={**episode.info, **tried})
+            rejected[episode] += 1
         return None
 
     def add(self, shard: list[Episode]) -> int:

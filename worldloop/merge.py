@@ -48,6 +48,25 @@ def merge_datasets(sources: Sequence[Path], out: Path) -> EpisodeDataset:
     return EpisodeDataset(out)
 
 
+def subset_dataset(source: Path, episodes: Sequence[int], out: Path) -> EpisodeDataset:
+    """Write some episodes of ``source``, in its own order, as the new dataset ``out``.
+
+    Nothing is encoded again: a video is copied whole where one of its episodes is kept. ``out``
+    appears whole or not at all. Raises UserError for no episodes, for numbers that are not there
+    or there twice, and where ``out`` exists.
+    """
+    dataset, keep = EpisodeDataset(source), set(episodes)
+    if not keep:
+        raise UserError(f"{source}: no episodes chosen for {out}")
+    if len(keep) != len(episodes) or min(keep) < 0 or max(keep) >= len(dataset):
+        raise UserError(
+            f"{source}: episodes must be distinct numbers of 0 .. {len(dataset) - 1} for {out}"
+        )
+    with new_folder(out) as folder:
+        _write([dataset], folder, keep)
+    return EpisodeDataset(out)
+
+
 def _require_same(datasets: Sequence[EpisodeDataset]) -> None:
     first = datasets[0]
     for other in datasets[1:]:
@@ -79,7 +98,8 @@ def episode_key(seed: int, actions_TA: np.ndarray[Any, Any]) -> tuple[int, str]:
     return seed, hashlib.sha256(np.ascontiguousarray(actions_TA).tobytes()).hexdigest()
 
 
-def _write(datasets: Sequence[EpisodeDataset], out: Path) -> None:
+def _write(datasets: Sequence[EpisodeDataset], out: Path, keep: set[int] | None = None) -> None:
+    """The datasets' episodes, or those of them that are numbered in ``keep``."""
     meta: DatasetMeta = datasets[0].meta
     info: dict[str, Any] = json.loads(json.dumps(datasets[0].info))
     widths = {
@@ -96,6 +116,10 @@ def _write(datasets: Sequence[EpisodeDataset], out: Path) -> None:
         for shard in range(dataset.info["worldloop_shards"]):
             index = _read(dataset.root / EPISODES.format(**place_of(shard)))
             rows = _read(dataset.root / DATA.format(**place_of(shard)))
+            if keep is not None:
+                rows, index = _only(rows, keep), _only(index, keep)
+            if not index.num_rows:
+                continue
             if drop_objects:
                 for name in OBJECTS:
                     rows = _replaced(rows, name, [[] for _ in range(rows.num_rows)])
@@ -122,6 +146,11 @@ def _read(path: Path) -> pa.Table:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the dataset") from error
+
+
+def _only(table: pa.Table, keep: set[int]) -> pa.Table:
+    """The rows of the episodes in ``keep``."""
+    return table.filter(pa.array([number in keep for number in table["episode_index"].to_pylist()]))
 
 
 def _renumbered(

@@ -129,6 +129,11 @@ def test_collects_both_outcomes(flat: type[FlatWorld], tmp_path: Path) -> None:
     assert dataset.meta.camera["name"] == "side_close" and dataset.meta.horizon == 72
     offsets = [abs(np.array(e.info["perturbation_m"])).max() for e in dataset.stream(frames=False)]
     assert min(o for o, s in zip(offsets, dataset.success, strict=True) if not s) > 0.02
+    for episode in dataset.stream(frames=False):
+        info = episode.info
+        assert (info["grade"] == "aimed") == (info["perturbation"] == "aimed") == episode.success
+        assert info["size_m"] == pytest.approx(np.linalg.norm(info["perturbation_m"]), abs=2e-5)
+        assert sum(info["rejected"].values()) >= info["failed_tries"] >= 0
 
 
 def test_the_same_seeds_give_the_same_episodes(flat: type[FlatWorld], tmp_path: Path) -> None:
@@ -291,7 +296,7 @@ def test_another_task_needs_another_folder(flat: type[FlatWorld], tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"env": "PickCube-v1"}, "env: unknown env 'PickCube-v1'; known: PushCube-v1"),
+        ({"env": "TurnFaucet-v1"}, "env: unknown env 'TurnFaucet-v1'; known: PushCube-v1"),
         ({"episodes": 0}, "episodes is 0"),
         ({"horizon": 30}, "horizon is 30; expected a multiple of 24"),
         ({"image_size": 100}, "image_size is 100"),
@@ -310,9 +315,9 @@ def test_bad_settings_end_the_command_with_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["collect", "--env", "PickCube-v1", "--out", str(tmp_path / "x")])
+        cli.main(["collect", "--env", "TurnFaucet-v1", "--out", str(tmp_path / "x")])
     assert exit_.value.code == 2
-    assert "unknown env 'PickCube-v1'" in capsys.readouterr().err
+    assert "unknown env 'TurnFaucet-v1'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

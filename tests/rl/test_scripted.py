@@ -8,32 +8,53 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from worldloop.engine.policy.scripted import (
-    PLANS,
+from worldloop.engine.policy.scripted import SCRIPTS, perturbation, scripted_policy
+from worldloop.engine.policy.scripts.common import (
     Waypoint,
     WaypointPolicy,
-    _yaw_of,
-    perturbation,
-    scripted_policy,
+    graded,
+    quarter_yaw,
     smooth_noise,
 )
+from worldloop.engine.policy.scripts.pegs import _tilted
+from worldloop.rl.envs.maniskill import quat_to_rotvec
+from worldloop.rl.envs.tasks import TASKS as PRESETS
 
-TASKS = sorted(PLANS)
+TASKS = sorted(SCRIPTS)
 HORIZON = 72
 HOME = np.array([0.0, 0.0, 0.17])
 Point = npt.NDArray[np.float64]
 
 
+def pose(x: float, y: float, z: float, yaw: float = 0.0) -> Point:
+    return np.array([x, y, z, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+
+
 def objects_of(env_id: str, rng: np.random.Generator) -> Point:
     """Poses [O,7] as the task might spawn them."""
-    height = 0.025 if env_id == "LiftPegUpright-v1" else 0.02
-    first = np.array([*rng.uniform(-0.08, 0.08, 2), height, 1, 0, 0, 0])
-    if env_id != "StackCube-v1":
-        return first[None]
-    angle = rng.uniform(0, 2 * np.pi)
-    second = first.copy()
-    second[:2] += 0.09 * np.array([np.cos(angle), np.sin(angle)])
-    return np.stack([first, second])
+    x, y = rng.uniform(-0.08, 0.08, 2)
+    near = 0.09 * np.exp(1j * rng.uniform(0, 2 * np.pi))
+    cube, other = pose(x, y, 0.02), pose(x + near.real, y + near.imag, 0.02)
+    if env_id in ("StackCube-v1", "PickCube-v1"):
+        return np.stack([cube, other])
+    if env_id == "PlaceSphere-v1":
+        return np.stack([pose(-0.08, y, 0.02), pose(0.05, -y, 0.0025)])
+    if env_id == "StackPyramid-v1":
+        return np.stack([pose(-x, 0.14, 0.02), cube, other])
+    if env_id == "LiftPegUpright-v1":
+        return pose(x, y, 0.025)[None]
+    if env_id == "PokeCube-v1":
+        return np.stack([pose(-0.05 + 0.22, y, 0.02), pose(-0.05, -y, 0.025)])
+    if env_id == "PegInsertionSide-v1":
+        return np.stack([pose(0, -0.1, 0.02, np.pi / 2), pose(x / 2, 0.3, 0.056, np.pi / 2),
+                         pose(0, -0.015, 0.02, np.pi / 2)])  # fmt: skip
+    if env_id == "PullCubeTool-v1":
+        return np.stack([pose(0.12, y - 0.08, 0.02), pose(-0.2, -0.2, 0.025)])
+    if env_id == "PlugCharger-v1":
+        return np.stack([pose(-0.08, y, 0.012, 0.5), pose(0.05, -y, 0.1, np.pi - 0.2)])
+    if env_id == "DrawTriangle-v1":
+        return pose(-0.09, -0.09, 0.01, rng.uniform(-3, 3))[None]
+    return cube[None]
 
 
 def follow(
@@ -63,13 +84,14 @@ def test_plan_ends_in_time_for_the_outcome_to_be_seen(env_id: str, seed: int) ->
     rng = np.random.default_rng(seed)
     objects = objects_of(env_id, rng)
     offset = np.zeros((len(objects), 2))
-    policy = scripted_policy(env_id, rng, objects, HOME, offset, HORIZON)
-    path, actions, index = follow(policy, HORIZON)
+    horizon = PRESETS[env_id].horizon
+    policy = scripted_policy(env_id, rng, objects, HOME, offset, horizon)
+    path, actions, index = follow(policy, horizon)
     end = len(policy.waypoints) - 1
-    assert index[63] == end
+    assert index[horizon - 9] == end
     assert np.linalg.norm(path[-1] - policy.waypoints[end].position) < 0.04
     assert path[:, 2].min() > 0.0  # never into the table
-    assert actions.shape == (HORIZON, 7) and actions.dtype == np.float32
+    assert actions.shape == (horizon, 7) and actions.dtype == np.float32
     assert np.abs(actions).max() <= 1
 
 
@@ -90,16 +112,57 @@ def test_a_perturbation_only_moves_the_belief(env_id: str) -> None:
 
 
 @pytest.mark.parametrize("env_id", TASKS)
-def test_perturbations_are_centimetres(env_id: str) -> None:
+def test_perturbations_are_centimetres_and_graded(env_id: str) -> None:
     rng = np.random.default_rng(5)
-    hits = np.stack([perturbation(env_id, rng, True) for _ in range(300)])
-    misses = np.stack([perturbation(env_id, rng, False) for _ in range(300)])
-    assert hits.shape[1:] == misses.shape[1:] == (len(objects_of(env_id, rng)), 2)
-    far_hit = np.linalg.norm(hits, axis=-1).max(1)
-    far_miss = np.linalg.norm(misses, axis=-1).max(1)
-    assert far_hit.max() < 0.025
-    assert far_miss.min() > 0.02 and far_miss.max() < 0.13
-    assert np.abs(misses.mean(0)).max() < 0.03  # not all to one side
+    hits = [perturbation(env_id, rng, True) for _ in range(300)]
+    misses = [perturbation(env_id, rng, False) for _ in range(300)]
+    for each in (*hits, *misses):
+        assert each.offset.shape == (len(objects_of(env_id, rng)), 2)
+    assert {each.grade for each in hits} == {"aimed"} == {each.kind for each in hits}
+    assert {each.grade for each in misses} == {"near", "clear"}
+    assert max(each.size for each in hits) < 0.025
+    assert max(each.size for each in misses) < 0.13
+    shares = np.mean([each.grade == "near" for each in misses])
+    assert 0.15 < shares < 0.7
+    for kind in {each.kind for each in misses}:
+        by_grade: dict[str, list[float]] = {"near": [], "clear": []}
+        for each in misses:
+            if each.kind == kind:
+                by_grade[each.grade].append(each.size)
+        if by_grade["near"]:
+            assert max(by_grade["near"]) <= min(by_grade["clear"]), kind
+    # Not all to one side; PullCubeTool alone misses on the hook's side.
+    if env_id != "PullCubeTool-v1":
+        assert np.abs(np.mean([each.offset for each in misses], axis=0)).max() < 0.03
+
+
+def test_graded_misses_are_half_near() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.array([graded(rng, 0.03, 0.02, 0.08) for _ in range(2000)])
+    assert sizes.min() >= 0.02 and sizes.max() <= 0.08
+    assert abs((sizes < 0.03).mean() - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("yaw", [-2.0, -0.4, 0.0, 1.1])
+def test_a_leaning_hand_s_rotation_vector(yaw: float) -> None:
+    """Against the product of the two turns and of gripper-down, as the simulator's pose has it."""
+
+    def product(a: Point, b: Point) -> Point:
+        (w, *u), (v, *x) = a, b
+        return np.array([w * v - np.dot(u, x), *(w * np.asarray(x) + v * np.asarray(u)
+                         + np.cross(u, x))])  # fmt: skip
+
+    about_z = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+    about_y = np.array([np.cos(0.14), 0, np.sin(0.14), 0])
+    turned = product(product(about_z, about_y), np.array([0.0, 1, 0, 0]))
+    np.testing.assert_allclose(_tilted(yaw, 0.28), quat_to_rotvec(turned), atol=1e-6)
+
+
+def test_jitter_is_less_where_care_is_taken() -> None:
+    shaken = np.full((5, 6), 0.1)
+    for share in (1.0, 0.2):
+        policy = WaypointPolicy([Waypoint(HOME, 0.5, jitter=share)], shaken)
+        np.testing.assert_allclose(policy.act(HOME, np.zeros(3))[:6], 0.1 * share, atol=1e-6)
 
 
 def test_blind_waypoints_do_not_betray_what_the_hand_meets() -> None:
@@ -151,7 +214,7 @@ def test_rotation_is_commanded_the_other_way_round() -> None:
 @pytest.mark.parametrize("degrees", [-170, -50, -44, 0, 30, 44, 46, 100, 135])
 def test_yaw_is_folded_to_the_nearest_quarter_turn(degrees: float) -> None:
     half = np.radians(degrees) / 2
-    yaw = _yaw_of(np.array([np.cos(half), 0, 0, np.sin(half)]))
+    yaw = quarter_yaw(np.array([np.cos(half), 0, 0, np.sin(half)]))
     assert abs(yaw) <= np.pi / 4 + 1e-9
     quarter_turns = (np.radians(degrees) - yaw) / (np.pi / 2)
     assert abs(quarter_turns - round(quarter_turns)) < 1e-9
@@ -174,16 +237,16 @@ def test_unknown_task_is_named() -> None:
 
 def test_an_expert_s_style_is_the_middle_of_every_range():
     """Plans of a narrow style are alike; those of the full style are not."""
-    objects = np.array([[0.0, 0.02, 0.02, 1, 0, 0, 0]] * 2)
     tool = np.array([0.0, 0.0, 0.17])
 
     def spread(env_id: str, share: float) -> float:
-        plans = []
+        plans, objects = [], objects_of(env_id, np.random.default_rng(1))
         for seed in range(12):
             rng = np.random.default_rng(seed)
-            policy = scripted_policy(env_id, rng, objects, tool, np.zeros((2, 2)), 72, share)
+            still = np.zeros((len(objects), 2))
+            policy = scripted_policy(env_id, rng, objects, tool, still, 72, share)
             plans.append([[*point.position, point.speed] for point in policy.waypoints])
         return float(np.std(np.array(plans), axis=0).mean())
 
-    for env_id in ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1"):
+    for env_id in TASKS:
         assert 0 < spread(env_id, 0.15) < 0.3 * spread(env_id, 1.0), env_id

@@ -32,7 +32,7 @@ def _draw_triangle(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
     turned = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
     corners = centre + CORNERS @ turned.T
     first = int(np.linalg.norm(corners - tool[:2], axis=1).argmin())
-    way = 1 if rng.uniform(0, 1) < 0.5 else -1
+    way = 1 - 2 * int(rng.integers(0, 2))
     order = [corners[(first + way * i) % 3] for i in range(4)]
     approach, draw = rng.uniform(0.5, 1.0), rng.uniform(0.38, 0.55)
     high = rng.uniform(0.06, 0.1)
