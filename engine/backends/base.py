@@ -86,11 +86,12 @@ class Calls:
 
         module: makes the pure module (batched tensors, then shared ones) of this kind.
         lasting: how many of the last batched tensors come again and again unchanged (the history
-        of a chunk); they are padded once.
+        of a chunk); they are padded, and put into one order, once.
         """
         rows = batched[0].shape[0]
         if self.buckets is None:
             return self._run(kind, module, batched, shared)
+        fresh = len(batched) - lasting
         if rows > self.buckets[-1]:
             most = self.buckets[-1]
             parts = [
@@ -99,9 +100,6 @@ class Calls:
             ]
             return tuple(torch.cat(results) for results in zip(*parts, strict=True))
         bucket = next(b for b in self.buckets if b >= rows)
-        if bucket == rows:
-            return self._run(kind, module, batched, shared)
-        fresh = len(batched) - lasting
         padded = [_pad(t, bucket) for t in batched[:fresh]]
         padded += self._padded(batched[fresh:], bucket)
         out = self._run(kind, module, padded, shared)
@@ -125,6 +123,8 @@ class Calls:
 def _pad(tensor: Tensor, rows: int) -> Tensor:
     """More rows, copies of the first one: finite, of its range, and never looked at."""
     missing = rows - tensor.shape[0]
+    if not missing:
+        return tensor
     return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])
 
 
@@ -150,7 +150,11 @@ class Unchanged:
 
 
 class _Padded:
-    """The history of a chunk with padded rows, made once for all its passes."""
+    """The history of a chunk with padded rows, made once for all its passes.
+
+    Contiguous whether it was padded or not: a history that is not yet full is a strided view, and
+    a compiler would make another graph for its strides.
+    """
 
     def __init__(self) -> None:
         self._unchanged = Unchanged()
@@ -162,6 +166,6 @@ class _Padded:
             self._made = []  # free the last one first
             # Ordinary tensors, so that a back end can tell that they are unchanged as well.
             with torch.inference_mode(False), torch.no_grad():
-                self._made = [_pad(t, rows) for t in tensors]
+                self._made = [_pad(t, rows).contiguous() for t in tensors]
             self._rows = rows
         return self._made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,17 @@ MANY = 256  # graphs; torch's default of 8 counts all calls of the process that 
 
 
 def build(module: nn.Module, example: Sequence[Tensor]) -> Call:
-    """See `Backend`. Compiles at once (about 20 s on a CPU)."""
+    """See `Backend`. Compiles at once (tens of seconds on a CPU)."""
+    # For the process, not just around this call: patching the limits costs milliseconds each time.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MANY)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MANY)
     compiled = torch.compile(module, dynamic=False, fullgraph=True)
     expected = [facts_of(t) for t in example]
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         require_like(expected, tensors)
-        with torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY):
-            return compiled(*tensors)
+        return compiled(*tensors)
 
     try:
         call(*example)

@@ -73,7 +73,8 @@ def record(function: Call, example: Sequence[Tensor]) -> Call:
             for _ in range(WARM_UPS):
                 function(*inputs.tensors)
         torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: a policy that acts in another thread may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = function(*inputs.tensors)
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
