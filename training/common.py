@@ -89,6 +89,8 @@ class Workers:
     def __init__(self, device: torch.device) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # or what asks for "cuda" would all go to the first
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

@@ -228,3 +228,17 @@ def test_bad_options_and_the_command(teacher, push, tmp_path, capsys):
     assert worldloop(words) == 0
     assert "held-out error 4 steps" in capsys.readouterr().err
     assert WorldModel.from_pretrained(tmp_path / "y/model").config.trained_steps == 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_distils(teacher, push, tmp_path):
+    """Errors of the same size on both (the noise is drawn on the device that uses it)."""
+    found = []
+    for device in ("cpu", "cuda"):
+        config = config_for(teacher, tmp_path / device, (push,), device=device, steps=2)
+        folder = distill.distill(config)
+        row = json.loads((tmp_path / device / "metrics.jsonl").read_text().splitlines()[-1])
+        found.append(row)
+        assert np.isfinite(row["loss"])
+        assert WorldModel.from_pretrained(folder).config.trained_steps == 3
+    assert found[1]["truth"] == pytest.approx(found[0]["truth"], rel=0.3)

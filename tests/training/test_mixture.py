@@ -234,6 +234,20 @@ def test_counted_flops_are_those_of_torch(push, autoencoder, tmp_path):
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+@pytest.mark.gpu
+def test_a_gpu_trains_and_resumes(push, stack, autoencoder, tmp_path):
+    """bf16 on CUDA, blocks computed again: finite, below the ceiling, and saved whole."""
+    for steps in (4, 8):
+        folder = world_model.train(training(
+            (push, stack), autoencoder, tmp_path, device="cuda", precision="bf16", steps=steps,
+            checkpoint_blocks=True, sample_every=4, arm_steps=2,
+        ))  # fmt: skip
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert all(np.isfinite(row["loss"]) and 0 < row["mfu"] < 1 for row in rows)
+    assert WorldModel.from_pretrained(folder).config.trained_steps == 8
+
+
 # ---------------------------------------------------------------- published starts
 
 
