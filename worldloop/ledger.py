@@ -42,9 +42,17 @@ def text_sha256(value: Any) -> str:
 
 
 def checkpoint_sha256(folder: Path) -> str:
-    """Of a checkpoint's configuration and weights, whatever its files are called."""
+    """Of a checkpoint's configuration and weights.
+
+    Parts that config.json names count by their part, whatever the file is called (a checkpoint
+    saved twice has other names); without such a list (a policy's), every file counts by its name.
+    """
     document = read_json(folder / "config.json")
-    files = document.pop("files", {})
+    files = document.pop("files", None)
+    if files is None:
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        shown = [path for path in paths if not path.name.startswith(".")]
+        return text_sha256({str(p.relative_to(folder)): file_sha256(p) for p in shown})
     weights = {part: file_sha256(folder / name) for part, name in files.items()}
     return text_sha256([document, weights])
 
