@@ -58,10 +58,6 @@ class ValidateConfig:
     rarer_share: float = 0.0
     """Smallest share that the rarer outcome may have, such as 0.2."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rarer_share <= 0.5:
-            raise UserError(f"rarer_share is {self.rarer_share:g}; expected 0 .. 0.5")
-
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -80,10 +76,6 @@ class SplitConfig:
     held_out: float = 0.1
     """Share of the starts of each outcome."""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise UserError(f"held_out is {self.held_out:g}; expected a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -166,6 +158,8 @@ def check_episode(episode: Episode, spec_check: Callable[..., object], where: st
 
 def validate(config: ValidateConfig) -> int:
     """Read every episode; raises naming the first fault."""
+    if not 0 <= config.rarer_share <= 0.5:
+        raise UserError(f"rarer_share is {config.rarer_share:g}; expected 0 .. 0.5")
     dataset = _open(config.data)
     share = min(dataset.success.mean(), 1 - dataset.success.mean())
     if share < config.rarer_share:
@@ -249,6 +243,8 @@ def _print_card(dataset: EpisodeDataset, found: dict[str, Any]) -> None:
 
 def split(config: SplitConfig) -> int:
     """Split by start state; errors name what there is too little of."""
+    if not 0 < config.held_out < 1:
+        raise UserError(f"held_out is {config.held_out:g}; expected a share between 0 and 1")
     dataset = _open(config.data)
     _both_outcomes(dataset)
     groups: dict[int, list[int]] = defaultdict(list)  # episodes by where they begin

@@ -66,7 +66,6 @@ TOOL = CameraPreset("side_tool", (-0.02, 0.55, 1.15), (-0.02, -0.13, 0.0), 0.46)
 PYRAMID = CameraPreset("side_pyramid", (0.0, 0.76, 0.52), (0.0, -0.01, 0.03), 0.38)
 DRAW = CameraPreset("above_draw", (-0.09, 0.55, 0.85), (-0.09, 0.0, 0.02), 0.46)
 INSERT = CameraPreset("front_insert", (0.95, 0.02, 0.75), (0.0, 0.05, 0.05), 0.56)
-PLUG = CameraPreset("side_plug", (-0.02, 0.72, 0.42), (-0.02, 0.0, 0.06), 0.44)
 
 _PRESETS = (
     TaskPreset(
@@ -117,11 +116,6 @@ _PRESETS = (
         in_view=(0.2, 0.36), horizon=120, robot="panda_wristcam", blocked=True,
         # One size of peg and box: otherwise every reset builds a scene anew.
         options={"reconfiguration_freq": 0},
-    ),
-    TaskPreset(
-        "PlugCharger-v1", "plug the charger into the receptacle", PLUG, ("charger", "receptacle"),
-        object_color="", spawn_half_width=None, in_view=(0.2, 0.14), horizon=120,
-        robot="panda_wristcam", blocked=True,
     ),
 )  # fmt: skip
 TASKS: dict[str, TaskPreset] = {preset.env_id: preset for preset in _PRESETS}

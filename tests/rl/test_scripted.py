@@ -16,8 +16,6 @@ from worldloop.engine.policy.scripts.common import (
     quarter_yaw,
     smooth_noise,
 )
-from worldloop.engine.policy.scripts.pegs import _tilted
-from worldloop.rl.envs.maniskill import quat_to_rotvec
 from worldloop.rl.envs.tasks import TASKS as PRESETS
 
 TASKS = sorted(SCRIPTS)
@@ -50,8 +48,6 @@ def objects_of(env_id: str, rng: np.random.Generator) -> Point:
                          pose(0, -0.015, 0.02, np.pi / 2)])  # fmt: skip
     if env_id == "PullCubeTool-v1":
         return np.stack([pose(0.12, y - 0.08, 0.02), pose(-0.2, -0.2, 0.025)])
-    if env_id == "PlugCharger-v1":
-        return np.stack([pose(-0.08, y, 0.012, 0.5), pose(0.05, -y, 0.1, np.pi - 0.2)])
     if env_id == "DrawTriangle-v1":
         return pose(-0.09, -0.09, 0.01, rng.uniform(-3, 3))[None]
     return cube[None]
@@ -141,21 +137,6 @@ def test_graded_misses_are_half_near() -> None:
     sizes = np.array([graded(rng, 0.03, 0.02, 0.08) for _ in range(2000)])
     assert sizes.min() >= 0.02 and sizes.max() <= 0.08
     assert abs((sizes < 0.03).mean() - 0.5) < 0.04
-
-
-@pytest.mark.parametrize("yaw", [-2.0, -0.4, 0.0, 1.1])
-def test_a_leaning_hand_s_rotation_vector(yaw: float) -> None:
-    """Against the product of the two turns and of gripper-down, as the simulator's pose has it."""
-
-    def product(a: Point, b: Point) -> Point:
-        (w, *u), (v, *x) = a, b
-        return np.array([w * v - np.dot(u, x), *(w * np.asarray(x) + v * np.asarray(u)
-                         + np.cross(u, x))])  # fmt: skip
-
-    about_z = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
-    about_y = np.array([np.cos(0.14), 0, np.sin(0.14), 0])
-    turned = product(product(about_z, about_y), np.array([0.0, 1, 0, 0]))
-    np.testing.assert_allclose(_tilted(yaw, 0.28), quat_to_rotvec(turned), atol=1e-6)
 
 
 def test_jitter_is_less_where_care_is_taken() -> None:

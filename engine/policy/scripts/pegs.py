@@ -146,69 +146,6 @@ def _perturb_insert(rng: np.random.Generator, success: bool) -> Perturbation:
     return missed("grasp", [offset, [0.0, 0.0], offset], near_below=0.0)
 
 
-def _tilted(yaw: float, tilt: float) -> tuple[float, float, float]:
-    """Rotation vector of a hand that is turned by ``yaw`` and leans back by ``tilt``."""
-    # Quaternion product of the turn about z and the lean about the hand's own y.
-    w, z = np.cos(yaw / 2), np.sin(yaw / 2)
-    c, s = np.cos(tilt / 2), np.sin(tilt / 2)
-    real, axis = w * c, np.array([-z * s, w * s, z * c])
-    norm = float(np.linalg.norm(axis))
-    x, y, up = axis * (2 * np.arctan2(norm, real) / max(norm, 1e-9))
-    return float(x), float(y), float(up)
-
-
-def _plug(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
-    """Take the charger by its body, hold its pins before the holes, push them in, let go.
-
-    The hand leans back, or it would meet the receptacle's upper edge.
-    """
-    charger, receptacle = objects
-    yaw, into_yaw = yaw_of(charger[3:]), yaw_of(receptacle[3:]) - np.pi
-    into_yaw = (into_yaw + np.pi) % (2 * np.pi) - np.pi
-    ahead = np.array([np.cos(yaw), np.sin(yaw)])
-    into = np.array([np.cos(into_yaw), np.sin(into_yaw)])
-    tilt = rng.uniform(0.26, 0.3)
-    turn, goal_turn = _tilted(yaw, tilt), _tilted(into_yaw, tilt)
-    approach, carry, push = rng.uniform(0.6, 1.0), rng.uniform(0.5, 0.8), rng.uniform(0.1, 0.2)
-    high, middle = rng.uniform(0.06, 0.09), 0.02  # the body's middle is behind the pins
-    body = at(charger[:2] - middle * ahead, charger[2])
-    inside = at(receptacle[:2] - middle * into, receptacle[2])
-    before = inside - at(rng.uniform(0.03, 0.04) * into, 0.0)
-    back = inside - at(0.05 * into, 0.0)
-    return [
-        Waypoint(body + [0, 0, high], approach, 1.0, turn, timeout=20),
-        Waypoint(body, 0.4, 1.0, turn, tolerance=0.001, hold=1, timeout=14, jitter=0.1),
-        Waypoint(body, 0.3, -1.0, turn, hold=3, timeout=5, jitter=0.1),
-        Waypoint(at(body, receptacle[2]), carry, -1.0, turn, timeout=12),
-        Waypoint(before, carry, -1.0, goal_turn, 0.0007, hold=3, timeout=30, jitter=0.05),
-        *(
-            Waypoint(
-                before + share * (inside - before),
-                push,
-                -1.0,
-                goal_turn,
-                0.002,
-                timeout=4,
-                jitter=0.05,
-            )
-            for share in np.linspace(0, 1.1, 9)[1:]
-        ),
-        Waypoint(inside, 0.2, 1.0, goal_turn, hold=3, timeout=5, jitter=0.05),
-        Waypoint(back, 0.5, 1.0, goal_turn, timeout=8),
-        Waypoint(back + [0, 0, 0.1], 0.5, 1.0, goal_turn),
-    ]
-
-
-def _perturb_plug(rng: np.random.Generator, success: bool) -> Perturbation:
-    side = rng.choice([-1.0, 1.0])
-    if success:
-        return aimed(np.zeros((2, 2)))
-    if rng.random() < 0.75:  # the pins meet the receptacle beside the holes, or pass it
-        offset = [0.0, side * graded(rng, 0.02, 0.006, 0.05)]
-        return missed("place", [[0.0, 0.0], offset], near_below=0.02)
-    return missed("grasp", [rng.uniform(0.03, 0.05) * heading(rng), [0.0, 0.0]], 0.0)
-
-
 def _pull_with_tool(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
     """Take the L by its handle, bring its hook behind the cube from the side, draw it near.
 
@@ -253,6 +190,5 @@ SCRIPTS = {
     "LiftPegUpright-v1": Script(_lift_peg, _perturb_lift),
     "PokeCube-v1": Script(_poke, _perturb_poke),
     "PegInsertionSide-v1": Script(_insert, _perturb_insert),
-    "PlugCharger-v1": Script(_plug, _perturb_plug),
     "PullCubeTool-v1": Script(_pull_with_tool, _perturb_tool),
 }
