@@ -52,6 +52,7 @@ from worldloop.engine.world_config import PRESETS, WorldModelConfig
 from worldloop.engine.world_state import WorldState
 from worldloop.errors import UserError
 from worldloop.files import PathLike
+from worldloop.kernels.frames import to_uint8
 from worldloop.types import ActionSpec, Chunk, Frames
 
 __all__ = [
@@ -329,12 +330,12 @@ class WorldModel(nn.Module):
         clock = timer.add("dit", clock)
         only: Literal["last"] | None = None if decode == "all" else "last"
         pixels, _ = self.autoencoder.decode(sample, only=only)
-        scaled = ((pixels.float() + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
+        seen = to_uint8(pixels, rounded=False)
         clock = timer.add("decode", clock)
-        observed, _ = self.autoencoder.encode(scaled[:, :, -1:].float() / 127.5 - 1)
+        last = seen[:, -1:].permute(0, 4, 1, 2, 3)
+        observed, _ = self.autoencoder.encode(last.float() / 127.5 - 1)
         timer.add("handover", clock)
-        made = scaled[:, :, -1:] if only else scaled[:, :, 1:]
-        frames = None if decode == "none" else _frames(made)
+        frames = None if decode == "none" else _frames(seen[:, -1:] if only else seen[:, 1:])
         return sample[:, :, 1:], frames, observed.float()
 
     def _decode(
@@ -346,8 +347,7 @@ class WorldModel(nn.Module):
         pixels, after = self.autoencoder.decode(latents, stream, only=only)
         if decode == "none":
             return None, after
-        scaled = ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return _frames(scaled), after
+        return _frames(to_uint8(pixels)), after
 
     def _held(
         self, reward: Float, high: npt.NDArray[np.int64]
@@ -415,9 +415,9 @@ class WorldModel(nn.Module):
         return load_published(dit, autoencoder, action_spec=action_spec, **options)
 
 
-def _frames(pixels_B3THW: Tensor) -> Frames:
-    """uint8 [B,3,T,H,W] on any device to Frames [B,T,1,H,W,3]."""
-    frames: Frames = pixels_B3THW.permute(0, 2, 3, 4, 1).unsqueeze(2).cpu().numpy()
+def _frames(pixels_BTHW3: Tensor) -> Frames:
+    """uint8 pixels on any device to Frames [B,T,1,H,W,3]: their only way to the host."""
+    frames: Frames = pixels_BTHW3.unsqueeze(2).cpu().numpy()
     return frames
 
 
