@@ -19,7 +19,8 @@ Why not shortcut models? They learn step sizes from their own half steps, withou
 off the student's own rollouts.
 
 Long episodes: the sink frame and the window are farther apart than in any training episode. In
-a share of steps (``gap``) everything after the first frame is placed later in time, as it is then.
+a share of steps the student therefore sees everything after the first frame later in time, as it
+is then, while the teacher answers at the places that it knows: the right answer is the same.
 
 Shape letters: B episodes, C channels, F latent frames, H W latent sides, T actions.
 """
@@ -164,7 +165,8 @@ def distill_loss(
     """Losses of the student's own rollout of a batch in ``steps`` steps a chunk.
 
     ``loss`` is what is differentiated; ``teacher`` and ``truth`` are the unweighted squared errors
-    of the last estimates against either target, ``truth_last`` that of the last chunk.
+    of the last estimates against either target, ``truth_last`` that of the last chunk. gap: latent
+    frames by which the student's chunks are placed later than the teacher's.
     """
     z, chunk, each = batch.latents, sizes.action_spec.chunk, sizes.block
     B, device = len(z), z.device
@@ -179,13 +181,13 @@ def distill_loss(
     errors: dict[str, list[Tensor]] = {"teacher": [], "truth": [], "reward": []}
     for k in range(chunks):
         frames = slice(1 + k * each, 1 + (k + 1) * each)
-        poses, first = batch.poses[:, k * chunk : (k + 1) * chunk], gap + frames.start
+        poses, first = batch.poses[:, k * chunk : (k + 1) * chunk], frames.start
         noise = torch.randn_like(z[:, :, frames])
         with torch.no_grad():
             made = streaming_sample(theirs.denoiser(poses, first), noise, fine, "euler")
         weight = batch.weight[:, :, frames.start - 1 : frames.stop - 1]
         true_reward = batch.reward[:, k * chunk : (k + 1) * chunk]
-        denoise, x_t = own.denoiser(poses, first), noise
+        denoise, x_t = own.denoiser(poses, gap + first), noise
         for i, t in enumerate(times):
             level = torch.full((B, each), t, device=device)
             x0 = denoise(x_t, level)
@@ -202,7 +204,7 @@ def distill_loss(
             errors[name].append(value.detach().mean())
         if k + 1 < chunks:
             with torch.no_grad():
-                own.commit(x0.detach(), poses, first)
+                own.commit(x0.detach(), poses, gap + first)
                 theirs.commit(x0.detach(), poses, first)
     means = {name: torch.stack(values).mean() for name, values in errors.items()}
     return {"loss": total / chunks, **means, "truth_last": errors["truth"][-1]}
