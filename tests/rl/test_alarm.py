@@ -26,7 +26,7 @@ from worldloop.rl.true_env import TrueEnv, held_steps
 from worldloop.track import read_rows
 
 TRUE = TrueEnv("loop_home:PointRecorder", horizon=HORIZON, image_size=32, held_frames=1)
-ALARM = AlarmConfig(every=4, episodes=64, limit=0.75, window=1, true=TRUE, videos=2)
+ALARM = AlarmConfig(every=4, episodes=64, limit=0.7, window=1, true=TRUE, videos=2)
 
 
 @pytest.fixture(scope="module")
