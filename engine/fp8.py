@@ -62,6 +62,8 @@ class FP8Linear(nn.Module):
         weight, scale = to_e4m3(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        # Asked once for each device, not in `forward`: a compiler cannot look into the question.
+        self.native = has_fp8_units(weight.device)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, e4m3"
@@ -70,6 +72,7 @@ class FP8Linear(nn.Module):
         # Of module.to(device, dtype) only the device concerns these: their dtypes are the point.
         device = fn(torch.empty(0, device=self.weight.device)).device
         self.weight, self.scale = self.weight.to(device), self.scale.to(device)
+        self.native = has_fp8_units(device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class FP8Linear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         rounded_ND, scale_N1 = to_e4m3(x.reshape(-1, self.in_features).to(dtype))
-        if has_fp8_units(x.device):
+        if self.native:
             # Row-wise scales give bf16, which is what a network on a GPU computes in.
             out = torch._scaled_mm(
                 rounded_ND, self.weight.t(), scale_a=scale_N1, scale_b=self.scale.t(),

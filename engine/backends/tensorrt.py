@@ -122,8 +122,9 @@ def build_engine(trt: Any, module: nn.Module, example: Sequence[Tensor]) -> byte
     """The serialised engine; types are those of the export (strongly typed)."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flags)
+    # Where the flag is gone, networks are always strongly typed.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = export_onnx(module, example, Path(folder) / "module.onnx")
