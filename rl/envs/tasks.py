@@ -86,7 +86,7 @@ _PRESETS = (
     TaskPreset(
         "PokeCube-v1", "push the red cube onto the target with the blue peg", POKE,
         ("cube", "peg"), "goal_region", goal_radius=0.05, object_color="",
-        spawn_half_width=None,
+        spawn_half_width=None, solvable_x=0.22,
     ),
     TaskPreset(
         "PickCube-v1", "hold the red cube at the green ball", PICK, ("cube", "goal_site"),
@@ -99,7 +99,7 @@ _PRESETS = (
     TaskPreset(
         "PullCubeTool-v1", "pull the blue cube near with the red tool", TOOL,
         ("cube", "l_shape_tool"), goal_at=(-0.615, 0.0, 0.0), goal_radius=0.6,
-        spawn_half_width=None, horizon=96,
+        spawn_half_width=None, solvable_x=0.21, horizon=96,
     ),
     TaskPreset(
         "StackPyramid-v1", "put the red cube beside the green one and the blue cube on both",
