@@ -280,8 +280,8 @@ def balance(config: BalanceConfig) -> int:
     common = bool(success.mean() >= 0.5)
     count = int(min(success.sum(), (~success).sum()))
     rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(success == common))
-    rows = sorted(rows, key=lambda row: grade[row])  # a stable sort: drawn within a grade
-    chosen = [int(rows[i * len(rows) // count]) for i in range(count)]
+    order = sorted(rows.tolist(), key=lambda row: grade[row])  # stable: drawn within a grade
+    chosen = [order[i * len(order) // count] for i in range(count)]
     keep = sorted([*chosen, *(int(row) for row in np.flatnonzero(success != common))])
     part = subset_dataset(config.data, keep, config.out)
     print(f"{config.out}: {len(part)} of {len(dataset)} episodes, "

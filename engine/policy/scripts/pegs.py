@@ -89,10 +89,10 @@ def _perturb_poke(rng: np.random.Generator, success: bool) -> Perturbation:
         return aimed([rng.uniform(-0.008, 0.008, 2), rng.uniform((-0.01, -0.008), (0.01, 0.008))])
     if rng.random() < 0.75:  # the peg passes the cube, or turns it by its edge
         size = graded(rng, 0.05, 0.036, 0.075)
-        offset = [[rng.uniform(-0.01, 0.01), side * size], [0.0, 0.0]]
-        return missed("beside", offset, near_below=0.05)
-    offset = [rng.uniform(-0.008, 0.008, 2), [0.0, side * rng.uniform(0.03, 0.05)]]
-    return missed("grasp", offset, near_below=0.0)
+        beside = [rng.uniform(-0.01, 0.01), side * size]
+        return missed("beside", [beside, [0.0, 0.0]], near_below=0.05)
+    cube, peg = rng.uniform(-0.008, 0.008, 2), [0.0, side * rng.uniform(0.03, 0.05)]
+    return missed("grasp", [cube, peg], near_below=0.0)
 
 
 def _insert(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
@@ -162,7 +162,9 @@ def _pull_with_tool(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]
     near = np.array([rng.uniform(-0.28, -0.23), behind[1]])
     return [
         Waypoint(at(handle + hand, high), approach, 1.0, timeout=20),
-        Waypoint(at(handle + hand, low), approach, 1.0, 0.006, hold=1, timeout=8, blind=True),
+        Waypoint(
+            at(handle + hand, low), approach, 1.0, tolerance=0.006, hold=1, timeout=8, blind=True
+        ),
         Waypoint(at(handle + hand, low), 0.3, -1.0, hold=3, timeout=5, blind=True),
         Waypoint(at([handle[0] + grip, beside[1]], low), carry, -1.0, timeout=20),
         Waypoint(at(beside + hand, low), carry, -1.0, timeout=24),
