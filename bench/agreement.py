@@ -14,6 +14,7 @@ Speeds are of one pass and one decode, the arms in turn. The emulated fp8 has no
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ class AgreementBench:
     episodes: Path | None = None
     """Dataset whose starts and actions are imagined again; without it the shipped one."""
     count: int = 32
-    """Use only the first episodes."""
+    """Episodes, spread evenly over the dataset (successes may lie before failures in it)."""
     steps: Literal[1, 2, 4] = 4
     """Denoising steps."""
     decoder: Path | None = None
@@ -101,7 +102,7 @@ class Bench:
         self.policy = VLAPolicy.from_pretrained(config.policy, temperature=0.0, device=self.device)
         world = self.load()
         folder = config.episodes or shipped_episodes()
-        self.real: HeldOut = load_held_out(folder, config.count, world)
+        self.real = spread(load_held_out(folder, None, world), config.count)
         self.threshold = world.reward_threshold
 
     def load(self, dtype: torch.dtype = torch.float32) -> WorldModel:
@@ -152,6 +153,13 @@ class Bench:
                 return run()
 
         return inside
+
+
+def spread(real: HeldOut, count: int) -> HeldOut:
+    """`count` of the episodes at even distances, or all where there are fewer."""
+    total = len(real.episodes)
+    chosen = [real.episodes[i * total // count] for i in range(min(count, total))]
+    return dataclasses.replace(real, episodes=chosen if count < total else real.episodes)
 
 
 def passes(world: WorldModel, rows: int, real: HeldOut) -> dict[str, Callable[[], Any]]:
