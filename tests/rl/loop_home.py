@@ -27,6 +27,7 @@ from worldloop.engine.reward import RewardConfig
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel, WorldModelConfig, WorldState
 from worldloop.episodes import DatasetMeta, EpisodeWriter
+from worldloop.errors import UserError
 from worldloop.rl.alarm import AlarmConfig
 from worldloop.rl.grpo import GRPOConfig
 from worldloop.rl.learner import LearnerConfig
@@ -201,6 +202,24 @@ class PointRecorder:
         picture = np.full((32, 32, 3), 40 + begin % 100, np.uint8)
         picture[:, int(16 + 100 * pose[0]) % 32] = 255
         return picture
+
+
+def triple(folder: str, item: int) -> int:
+    """Hangs, dies or fails on some items; a file remembers that it was the first time."""
+    marker = Path(folder) / str(item)
+    first = not marker.exists()
+    marker.touch()
+    if item == 3 and first:
+        time.sleep(1000)
+    if item == 5 and first:
+        os._exit(9)
+    if item == 7:
+        raise RuntimeError("stuck")
+    if item == 99:
+        raise UserError("no simulator here")
+    if item > 200:
+        raise RuntimeError("never works")
+    return 3 * item
 
 
 if __name__ == "__main__":

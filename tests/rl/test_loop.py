@@ -23,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # child processes look for loop_home as well
 
-from loop_home import HORIZON, make_home, write_pool
+from loop_home import HORIZON, make_home, triple, write_pool
 
 import worldloop
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
@@ -293,24 +293,6 @@ def test_after_a_rollback_the_best_policy_acts(copied, monkeypatch):
 
 
 # ---------------------------------------------------------------- simulators that misbehave
-
-
-def triple(folder: str, item: int) -> int:
-    """Hangs, dies or fails on some items; a file remembers that it was the first time."""
-    marker = Path(folder) / str(item)
-    first = not marker.exists()
-    marker.touch()
-    if item == 3 and first:
-        time.sleep(1000)
-    if item == 5 and first:
-        os._exit(9)
-    if item == 7:
-        raise RuntimeError("stuck")
-    if item == 99:
-        raise UserError("no simulator here")
-    if item > 200:
-        raise RuntimeError("never works")
-    return 3 * item
 
 
 def test_children_that_hang_or_die_are_replaced_and_failing_items_dropped(tmp_path):
