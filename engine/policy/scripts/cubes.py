@@ -116,7 +116,7 @@ def _perturb_pick(rng: np.random.Generator, success: bool) -> Perturbation:
     if success:
         return aimed([rng.uniform(-0.004, 0.004, 2), rng.uniform(0, 0.008) * direction])
     if rng.random() < 0.7:  # held beside the goal, as seen from the front
-        direction = direction * [0.5, 1] / np.linalg.norm(direction * [0.5, 1])
+        direction = direction * [0.25, 1] / np.linalg.norm(direction * [0.25, 1])
         offset = [rng.uniform(-0.004, 0.004, 2), graded(rng, 0.055, 0.036, 0.09) * direction]
         return missed("place", offset, near_below=0.055)
     offset = [rng.uniform(0.03, 0.05) * direction, rng.uniform(-0.008, 0.008, 2)]
