@@ -165,8 +165,11 @@ def write_pair(pair: Pair, folder: Path, fps: float, scale: int = 3) -> Path:
     return path
 
 
-def contact_sheet(pairs: Sequence[Pair], every: int = 8) -> Image.Image:
-    """Each pair as two rows, real above imagined, every ``every``-th frame, with its outcomes."""
+def contact_sheet(pairs: Sequence[Pair], every: int = 8, told: bool = False) -> Image.Image:
+    """Each pair as two rows, real above imagined, every ``every``-th frame, with its outcomes.
+
+    told: its instruction stands in place of its number.
+    """
     H, W = pairs[0].real.shape[1:3]
     times = range(0, len(pairs[0].real), every)
     label, head, gap, between = 190, 30, 2, 14
@@ -179,7 +182,8 @@ def contact_sheet(pairs: Sequence[Pair], every: int = 8) -> Image.Image:
     for i, pair in enumerate(pairs):
         y = head + i * row
         lines = [
-            (pair.name, INK), (f"true: {outcome(pair.success)}", REAL),
+            (pair.instruction if told else pair.name, INK),
+            (f"true: {outcome(pair.success)}", REAL),
             (f"reward: {outcome(pair.reward_success)}", INK if pair.agrees else ALARM),
         ]  # fmt: skip
         if pair.visual_success is not None:

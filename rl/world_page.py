@@ -195,7 +195,8 @@ def write_figures(document: dict[str, Any], shown: Sequence[Pair], folder: Path)
     if shown:
         name = "world-model-following.png"
         with atomic_path(folder / name) as temporary:
-            sheet = contact_sheet(shown, every=max(1, (len(shown[0].real) - 1) // 8))
+            every = max(1, (len(shown[0].real) - 1) // 8)
+            sheet = contact_sheet(shown, every, told=True)
             sheet.save(temporary, format="PNG", compress_level=6)
         names.append(name)
     return names
