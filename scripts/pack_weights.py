@@ -1,7 +1,7 @@
-"""Put a trained world model into the package: `scripts/pack_weights.py RUN AUTOENCODER NAME`.
+"""Put a trained world model into the package: `scripts/pack_weights.py WORLD NAME [AUTOENCODER]`.
 
-RUN: output folder of `worldloop train world-model`. AUTOENCODER: that of `worldloop train
-autoencoder`, whose decoder may have been tuned since (--freeze-encoder). Weights are stored as
+WORLD: checkpoint folder of `worldloop train world-model`. AUTOENCODER: output folder of `worldloop
+train autoencoder` whose decoder has been tuned since (--freeze-encoder). Weights are stored as
 float16.
 """
 
@@ -13,15 +13,16 @@ import torch
 
 from worldloop.engine.world_model import WorldModel, load_autoencoder
 
-run, autoencoder, name = sys.argv[1:]
-world = WorldModel.from_pretrained(Path(run) / "model")
-tuned = load_autoencoder(Path(autoencoder) / "model")
-kept, own = tuned.state_dict(), world.autoencoder.state_dict()
-for key in own:
-    if not key.startswith("decoder.") and not torch.equal(kept[key], own[key]):
-        sys.exit(f"{autoencoder}: {key} differs; the world model was trained on another encoder")
-world.autoencoder = tuned
-world.config = replace(world.config, autoencoder=tuned.config)
+source, name, *tuned_run = sys.argv[1:]
+world = WorldModel.from_pretrained(Path(source))
+if tuned_run:
+    tuned = load_autoencoder(Path(tuned_run[0]) / "model")
+    kept, own = tuned.state_dict(), world.autoencoder.state_dict()
+    for key in own:
+        if not key.startswith("decoder.") and not torch.equal(kept[key], own[key]):
+            sys.exit(f"{tuned_run[0]}: {key} differs; the world was trained on another encoder")
+    world.autoencoder = tuned
+    world.config = replace(world.config, autoencoder=tuned.config)
 folder = Path(__file__).parent.parent / "worldloop" / "weights" / name
 world.save(folder, torch.float16)
 size = sum(f.stat().st_size for f in folder.iterdir())
