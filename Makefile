@@ -46,9 +46,7 @@ gpu: setup
 	  'make gpu: torch %s sees no CUDA device; run this on a GPU machine' % torch.__version__)"
 	@mkdir -p $(RUNS)/gpu
 	@nvidia-smi > $(RUNS)/gpu/machine.txt 2>&1 || true
-	$(BIN)/pytest -m gpu --junitxml=$(RUNS)/gpu/tests.xml; code=$$?; \
-	  if [ $$code -ne 0 ] && [ $$code -ne 5 ]; then exit $$code; fi
-	@failed=""; \
+	@failed=""; $(BIN)/pytest -m gpu --junitxml=$(RUNS)/gpu/tests.xml || failed=" tests"; \
 	run() { echo "bench $$*"; $(BIN)/worldloop bench "$$@" --out $(RUNS)/gpu || failed="$$failed $$1"; }; \
 	run kernels; run policy; \
 	run vae --batches 1 8 32; run vae --picture 480 640 --batches 1 4 16; \

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -409,6 +410,7 @@ def label_leak(dataset: EpisodeDataset) -> str:
 def main(argv: list[str]) -> int:
     """Run from the command line."""
     config = parse_config(CollectConfig, argv, "worldloop collect")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the shard is kept
     dataset = collect(config)
     print(
         f"{config.out}: {len(dataset)} episodes, {dataset.success.mean():.0%} successes. "

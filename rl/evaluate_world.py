@@ -50,6 +50,7 @@ from worldloop.rl.world_tables import (
     mean_of,
     pictures,
     pooled,
+    pose_errors,
     rate,
     thinned,
 )
@@ -175,6 +176,7 @@ class Evaluation:
             "frames": min(T, compared.psnr.shape[1]),
             **pictures(compared, T),
             "psnr_whole_episode": float(compared.psnr.mean()),
+            **pose_errors(self.world, held_out, T),
             "lpips": perceptual,
             "lpips_reason": no_lpips or None,
             "fvd": video,

@@ -70,10 +70,25 @@ def page(document: dict[str, Any], pictures: Sequence[str]) -> str:
     lines += ["## Outcomes (paper, table 2)", ""]
     lines += table("| task | episodes | visual | reward | actions only |",
                    [*rows, PAPER["average"]])  # fmt: skip
-    lines += steps_lines(document) + drift_lines(document) + arms_lines(document)
+    lines += pose_lines(document) + steps_lines(document) + drift_lines(document)
+    lines += arms_lines(document)
     lines += following_lines(document) + calibration_lines(document)
     lines += [f"![{name}]({name})" for name in pictures]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def pose_lines(document: dict[str, Any]) -> list[str]:
+    """How far the hand is from where its commands put it."""
+    rows = []
+    for env_id, row in document["tasks"].items():
+        if off := row.get("pose_error_mm"):
+            cells = [f"{off[name][part]:.1f}" for name in ("arm", "linear")
+                     for part in ("median", "p90")]  # fmt: skip
+            rows.append(f"| {env_id} | {row['frames']} | {' | '.join(cells)} |")
+    if not rows:
+        return []
+    head = "| task | actions | arm: median, mm | nine in ten below | linear sum | nine in ten |"
+    return ["## The hand, from commands alone", "", *table(head, rows)]
 
 
 def steps_lines(document: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from worldloop.engine.world_model import WorldModel
 from worldloop.metrics import Alignment, Comparison
 from worldloop.rl.held_out import HeldOut
 from worldloop.types import Rollout
@@ -48,6 +49,22 @@ def pictures(compared: Comparison, frames: int) -> dict[str, Any]:
         "mse": float(compared.mse[:, :frames].mean()),
         "object_within_4px": float(track.within[:, :frames][seen].mean()) if seen.any() else None,
     }
+
+
+def pose_errors(world: WorldModel, held_out: HeldOut, frames: int) -> dict[str, Any]:
+    """How far the hand is from where its commands put it, in mm, after ``frames`` actions: by the
+    world model's arm, and by the linear sum of the action spec. Empty for absolute poses."""
+    spec = world.action_spec
+    if spec.kind == "absolute_pose":
+        return {}
+    actions = held_out.actions[:, :frames]
+    start = held_out.starts.poses
+    true = np.stack([episode.states[actions.shape[1], :3] for episode in held_out.episodes])
+    rows = {}
+    for name, poses in (("arm", world.poses), ("linear", spec.to_absolute)):
+        off = 1000 * np.linalg.norm(poses(actions, start)[:, -1, :3] - true, axis=-1)
+        rows[name] = {"median": float(np.median(off)), "p90": float(np.percentile(off, 90))}
+    return {"pose_error_mm": rows}
 
 
 def rate(name: str, aligned: Alignment) -> dict[str, Any]:

@@ -154,6 +154,8 @@ def train(config: WorldModelTraining) -> Path:
         parts = [replace(part, action_spec=spec) for part in parts]
     sizes = dit_sizes(config, parts[0], latents[0].shape[2:], base)
     reward = RewardConfig(latent_channels=latents[0].shape[2], grid=latents[0].shape[3:5])
+    if base is not None:
+        reward = base.reward
     model = Trainee(DiT(sizes), RewardHead(reward))
     if start is not None:
         for part, module in (("dit", model.dit), ("reward", model.reward)):

@@ -96,6 +96,8 @@ def test_the_document_has_the_shape_that_is_asked_for(document):
         for name in ("n", "psnr", "psnr_static", "ssim", "mse", "reward_alignment"):
             assert isinstance(row[name], int | float), name
         assert row["n"] == 10 and row["successes"] == 5  # balanced: 5 of 14 succeed
+        off = row["pose_error_mm"]  # a world model without an arm sums up its commands
+        assert off["arm"] == off["linear"] and off["arm"]["p90"] > 0
         assert row["lpips"] is not None or row["lpips_reason"]
         assert row["fvd"] is None and "I3D" in row["fvd_reason"]
         low, high = row["reward_alignment_ci95"]
