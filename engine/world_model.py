@@ -16,11 +16,12 @@ h w latent sides, A action dim.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,25 @@ class Timer:
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - since
         return now
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _own_precision(method: Method) -> Method:
+    """Weights of half precision run as they are, outside of the caller's autocast.
+
+    Autocast is for weights in fp32; kernels and graphs do not work under it.
+    """
+
+    @functools.wraps(method)
+    def within(self: WorldModel, *args: Any, **options: Any) -> Any:
+        kind, whole = self.device.type, self.dit.dtype == torch.float32
+        dtype, wanted = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, dtype, enabled=wanted and whole):
+            return method(self, *args, **options)
+
+    return cast(Method, within)
 
 
 class WorldModel(nn.Module):
@@ -134,6 +154,7 @@ class WorldModel(nn.Module):
 
     # ------------------------------------------------------------ generation
 
+    @_own_precision
     @torch.inference_mode()
     def start(self, frames: Frames, poses: Float, seeds: Sequence[int]) -> WorldState:
         """Encode and commit the first frames.
@@ -204,6 +225,7 @@ class WorldModel(nn.Module):
             raise UserError(f"seeds has {len(seeds)} entries for {B} start frames")
         return frames, poses.astype(np.float32)
 
+    @_own_precision
     @torch.inference_mode()
     def step(
         self,

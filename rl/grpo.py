@@ -34,6 +34,7 @@ import torch
 
 from worldloop.checkpoint import load_training_state, save_training_state
 from worldloop.cli import parse_config
+from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
@@ -101,6 +102,8 @@ class GRPOConfig:
     device: str = "cpu"
     precision: str = "fp32"
     """Of world model and policy: fp32 or bf16 (the learner's weights stay fp32)."""
+    backend: str = "eager"
+    """How the world model is run (`engine.backends`): eager, compiled, cudagraph, tensorrt ..."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "groups", "rounds", "max_batch", "threads", "keep_every"):
@@ -306,7 +309,12 @@ def train(config: GRPOConfig) -> Path:
 
 def _train(config: GRPOConfig) -> Path:
     torch.set_num_threads(config.threads)
-    world = WorldModel.from_pretrained(config.world, device=config.device)
+    # On a GPU the weights themselves are of that precision: kernels and graphs want no autocast.
+    half = config.precision == "bf16" and torch.device(config.device).type == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
+    world = WorldModel.from_pretrained(config.world, device=config.device, dtype=dtype)
+    if config.backend != "eager":
+        world = wrap_world(world, config.backend, attention="auto")
     policy = VLAPolicy.from_pretrained(
         config.policy, temperature=config.temperature, device=config.device
     )

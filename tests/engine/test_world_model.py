@@ -427,3 +427,20 @@ def test_the_last_chunk_need_not_be_committed(small):
     small.assert_same_chunk(*chunks, levels=0, reward=0)
     with pytest.raises(UserError, match="commit=False; start again"):
         world.step(state, actions[:, :8])
+
+
+def test_half_precision_weights_run_outside_of_autocast(small):
+    """The caller's autocast (for a learner in fp32) neither changes nor slows such a world."""
+    world = small.world_of().to(torch.bfloat16)
+    frames, poses, actions = small.frames_of(2), small.poses_of(2), small.actions_of(2, 8)
+    plain, _ = world.step(world.start(frames, poses, [1, 2]), actions)
+    with torch.autocast("cpu", torch.float16):
+        within, _ = world.step(world.start(frames, poses, [1, 2]), actions)
+        assert torch.is_autocast_enabled("cpu")
+    np.testing.assert_array_equal(within.reward, plain.reward)
+    np.testing.assert_array_equal(within.frames, plain.frames)
+    whole = small.world_of()
+    exact, _ = whole.step(whole.start(frames, poses, [1, 2]), actions)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = whole.step(whole.start(frames, poses, [1, 2]), actions)
+    assert 0 < np.abs(cast.reward - exact.reward).max() < 0.05
