@@ -207,6 +207,7 @@ def _entered(at: Path, r: int, policy: Path) -> dict[str, Any]:
     paths = [path for path in (at / "evaluate/outcomes.csv", at / "evaluate/outcomes.json")
              if path.is_file()]  # fmt: skip
     if not paths:
+        (at / "evaluate").mkdir(parents=True, exist_ok=True)
         raise Waiting(
             f"round {r} waits for outcomes: play {policy} on the robot and write a line for each "
             f"episode into {at}/evaluate/outcomes.csv (columns episode, success), then run the "

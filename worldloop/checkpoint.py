@@ -210,7 +210,8 @@ def save_checkpoint(
     ours = keep | {f"{part}{suffix}.safetensors" for part in parts for suffix in ("", "-new")}
     for name in ours - set(files.values()):
         (target / name).unlink(missing_ok=True)
-    for pattern in (".*.safetensors.*.tmp", f".{CONFIG}.*.tmp"):
+    # (The third is what safetensors calls a file before it is whole.)
+    for pattern in (".*.safetensors.*.tmp", f".{CONFIG}.*.tmp", ".tmp??????"):
         for leftover in target.glob(pattern):
             leftover.unlink(missing_ok=True)
     return target

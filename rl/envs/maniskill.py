@@ -120,7 +120,7 @@ class ManiSkillEnv:
             ) from error
 
     def reset(self, seed: int) -> None:
-        self._env.reset(seed=seed)
+        self._env.reset(seed=seed, options={"reconfigure": self.task.fresh_scene})
 
     def step(self, action: Array) -> bool:
         """Apply one ``pd_ee_delta_pose`` action [7] in [-1,1]; return the success flag.

@@ -165,7 +165,12 @@ def test_imagined_actions_are_replayed_in_the_simulator(tmp_path):
         recorded = dataset.read(i)
         replay = Replay(1, seeds[i], recorded.actions, dataset.meta.action_spec, {"alarm_step": 5})
         episode, meta = record_replay(true, replay)
-        assert np.abs(episode.frames[0].astype(int) - recorded.frames[0]).mean() < 1.5
+        # The recorded picture is of a video: other than drawn, but no other start looks like it.
+        apart = [
+            np.abs(episode.frames[0].astype(int) - dataset.read(j).frames[0]).mean()
+            for j in (i, *(k for k in range(0, 60, 7) if k != i))
+        ]
+        assert apart[0] < 2.5 and apart[0] < 0.7 * min(apart[1:])
         np.testing.assert_allclose(episode.states, recorded.states, atol=1e-4)
         np.testing.assert_array_equal(episode.reward, recorded.reward)
         assert episode.info == {"sim_seed": seeds[i], "alarm_step": 5}

@@ -216,7 +216,7 @@ def test_command_in_imagination(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"env": "PickCube-v1"}, "unknown env 'PickCube-v1'.*or `world`"),
+        ({"env": "NailCube-v1"}, "unknown env 'NailCube-v1'.*or `world`"),
         ({"episodes": 0}, "episodes is 0"),
         ({"processes": 0}, "processes is 0"),
         ({"held_frames": 0}, "held_frames is 0"),

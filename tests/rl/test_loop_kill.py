@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,4 +19,5 @@ def test_a_killed_loop_ends_with_the_ledger_of_an_unkilled_one(tmp_path):
         capture_output=True, text=True, timeout=570,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills, 8 records: ledgers equal" in done.stdout
+    # A resumed loop may be over before the third.
+    assert re.search("[1-3] kills, 8 records: ledgers equal", done.stdout), done.stdout
