@@ -185,7 +185,7 @@ def published_step(
     Returns the chunk's latents [B,C,F,H,W], its frames, its rewards [B,T] and the next state.
     """
     spec, config = world.action_spec, world.config
-    poses = spec.to_absolute(actions_BTA, state.poses, state.past_actions)
+    poses = world.poses(actions_BTA, state.poses, state.past_actions)
     scaled = (poses - np.array(spec.pose_mean)) / np.array(spec.pose_std)
     inputs: dict[str, Any] = {
         "actions_BTA": torch.from_numpy(scaled.astype(np.float32)).to(world.device),
@@ -216,7 +216,7 @@ def published_step(
         state,
         last_latent=observed.float(),
         poses=poses[:, -1],
-        past_actions=np.concatenate([state.past_actions, actions_BTA], 1)[:, -max(1, spec.lag) :],
+        past_actions=np.concatenate([state.past_actions, actions_BTA], 1)[:, -max(1, world.lag) :],
         chunk=state.chunk + 1,
     )
     return sample[:, :, 1:], frames, reward, after

@@ -128,14 +128,14 @@ class WorldRecorder:
         self, policy: Policy, seed: int, sim_seed: int | None, record: dict[str, Any]
     ) -> Episode:
         begin = seed if sim_seed is None else sim_seed
-        spec, world = self.world.action_spec, self.world
+        world = self.world
         engine = RolloutEngine(world, policy, steps=self.true.steps)
         start = self.starts.select([begin % len(self.starts.instructions)])
         rollout = engine.rollout(
             start, horizon=self.true.horizon, seed=derive_seed(begin), decode="all"
         )
         assert rollout.frames is not None
-        poses = spec.to_absolute(rollout.actions, start.poses)[0]
+        poses = world.poses(rollout.actions, start.poses)[0]
         reward = (rollout.reward[0] > world.reward_threshold).astype(np.float32)
         return Episode(
             frames=rollout.frames[0, :, 0],
