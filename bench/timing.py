@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from worldloop import __version__
@@ -167,10 +168,22 @@ def interleaved(arms: Mapping[Name, Run], rounds: int, device: torch.device) -> 
 
 
 def gemm_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product of random numbers, the best of the repeats."""
+    """FLOP/s of a large square matrix product of random numbers, the best of the repeats.
+
+    On a CPU also of a large convolution: its products are another library's (oneDNN's beside
+    MKL's), and on some processors twice as fast.
+    """
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds_of(lambda: a @ b, repeats, device))
+    product = 2 * side**3 / min(seconds_of(lambda: a @ b, repeats, device))
+    if device.type == "cuda":
+        return product
+    layout = {"dtype": dtype, "memory_format": torch.channels_last}
+    x, w = torch.randn(4, 256, 32, 32).to(**layout), torch.randn(256, 256, 3, 3).to(**layout)
+    flops = 2 * x.numel() * w[0].numel()
+    with torch.inference_mode():
+        times = seconds_of(lambda: F.conv2d(x, w, padding=1), repeats, device)
+    return max(product, flops / min(times))
 
 
 def copy_ceiling(device: torch.device, repeats: int = 5) -> float:
