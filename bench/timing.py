@@ -178,8 +178,10 @@ def gemm_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> 
     product = 2 * side**3 / min(seconds_of(lambda: a @ b, repeats, device))
     if device.type == "cuda":
         return product
-    layout = {"dtype": dtype, "memory_format": torch.channels_last}
-    x, w = torch.randn(4, 256, 32, 32).to(**layout), torch.randn(256, 256, 3, 3).to(**layout)
+    x, w = (
+        torch.randn(*shape).to(dtype=dtype, memory_format=torch.channels_last)
+        for shape in ((4, 256, 32, 32), (256, 256, 3, 3))
+    )
     flops = 2 * x.numel() * w[0].numel()
     with torch.inference_mode():
         times = seconds_of(lambda: F.conv2d(x, w, padding=1), repeats, device)
