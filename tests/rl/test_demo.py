@@ -334,10 +334,10 @@ def test_detector_and_classifier_on_shipped_real_episodes() -> None:
 
 
 def test_shipped_world_imagines_what_happened() -> None:
-    """Every fifth shipped episode, with the bounds that `worldloop demo` is held to."""
+    """Every third shipped episode, with the bounds that `worldloop demo` is held to."""
     world = WorldModel.from_pretrained("tiny")
     held_out = load_held_out(shipped_episodes(), None, world)
-    chosen = dataclasses.replace(held_out, episodes=held_out.episodes[::5])
+    chosen = dataclasses.replace(held_out, episodes=held_out.episodes[::3])
     engine = RolloutEngine(world, ReplayPolicy(chosen.actions, world.action_spec), steps=4)
     rollout = engine.rollout(chosen.starts, horizon=72, decode="all")
     assert rollout.frames is not None
