@@ -93,8 +93,8 @@ def main() -> int:
         wait = useful_after(process, killed, 60)
         if wait is not None:
             waits.append(wait)
-        # Anywhere from just begun to well into the next stages; on average the kills share the run.
-        until = time.monotonic() + rng.uniform(0, 2 * seconds / (options.kills + 1))
+        # Anywhere from just begun to into the next stages; on average all kills fit into the run.
+        until = time.monotonic() + rng.uniform(0, 1.2 * seconds / (options.kills + 1))
         while time.monotonic() < until and process.poll() is None:
             time.sleep(0.02)
         if process.poll() is not None:
