@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,7 +78,7 @@ class PolicyConfig:
         return config_from_dict(cls, read_json(folder / POLICY), str(folder / POLICY))
 
 
-class TokenPolicy:
+class TokenPolicy(ABC):
     """A `Policy` (`engine/policy/base.py`) over logits that a subclass provides.
 
     temperature: of sampling; 0 is greedy. ``coherence``: how alike the draws of one action
@@ -116,9 +117,9 @@ class TokenPolicy:
     def action_spec(self) -> ActionSpec:
         return self.config.action_spec
 
+    @abstractmethod
     def logits(self, frames_BVHW3: npt.NDArray[np.uint8], instructions: Sequence[str]) -> Tensor:
         """Float32 logits [B,N,256] on the CPU or the network's device."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def act(self, observation: Observation, seed: int) -> PolicyAction:

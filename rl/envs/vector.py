@@ -10,6 +10,7 @@ A action dim.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class RowsPlayed:
     played: Ints  # [R]
 
 
-class ChunkVectorEnv(VectorEnv):  # type: ignore[misc]
+class ChunkVectorEnv(VectorEnv, ABC):  # type: ignore[misc]
     """B independent episodes; a subclass begins rows (`_begin`) and plays chunks (`_advance`).
 
     An action is a chunk [T,A] in the ActionSpec's units and bounds. An observation has "frame"
@@ -120,21 +121,21 @@ class ChunkVectorEnv(VectorEnv):  # type: ignore[misc]
 
     # ------------------------------------------------------------ what a subclass gives
 
+    @abstractmethod
     def _begin(self, rows: Sequence[int], starts: Ints, seeds: Sequence[int]) -> RowsBegun:
         """Begin these rows afresh from these starts [R], with these seeds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, rows: Sequence[int], actions_RTA: Actions) -> RowsPlayed:
         """Play one chunk in these rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _draw_starts(self, count: int) -> Ints:
         """Starts [count] from ``np_random``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_starts(self, starts: Ints) -> None:
         """Raise UserError for a start that there is not."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------ gymnasium
 
