@@ -120,7 +120,7 @@ def _calls(build: Backend, name: str, buckets: Sequence[int]) -> Calls:
 def _plain(network: Network) -> Network:
     """The network that a wrapped one was made from; any other one itself."""
     if isinstance(network, BackedDiT | BackedLightVAE | BackedWanVAE | BackedLightDecoder):
-        return network._plain[0]  # type: ignore[return-value]
+        return network._plain[0]
     return network
 
 

@@ -51,14 +51,18 @@ class DiTPass(nn.Module):
         return (out.sample, *(t for pair in out.kv for t in pair))
 
 
-class BackedDiT(DiT):
-    """A DiT whose passes go through a back end; `DiT.forward`'s arguments and results."""
+class _Backed(nn.Module):
+    """A network in another's place: with its tensors and facts, and a back end's calls."""
 
-    def __init__(self, dit: DiT, calls: Calls) -> None:
+    def __init__(self, plain: Any, calls: Calls) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(dit.__dict__)
+        self.__dict__.update(plain.__dict__)
         self.calls = calls
-        self._plain = (dit,)  # in a tuple, so as not to be a submodule
+        self._plain = (plain,)  # in a tuple, so as not to be a submodule
+
+
+class BackedDiT(_Backed, DiT):
+    """A DiT whose passes go through a back end; `DiT.forward`'s arguments and results."""
 
     def forward(
         self,
@@ -139,14 +143,8 @@ class LightDecode(nn.Module):
         return (self.vae.decode_frames(latents, self.first, self.only),)
 
 
-class BackedLightVAE(LightVAE):
+class BackedLightVAE(_Backed, LightVAE):
     """A light autoencoder whose `decode` goes through a back end."""
-
-    def __init__(self, vae: LightVAE, calls: Calls) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(vae.__dict__)
-        self.calls = calls
-        self._plain = (vae,)
 
     def decode(
         self, latents: Tensor, stream: Stream | None = None, only: Only | None = None
@@ -178,14 +176,8 @@ class LightDecoderPass(nn.Module):
         return (LightDecoder.decode_frames(self.decoder, latents, first, self.only),)
 
 
-class BackedLightDecoder(LightDecoder):
+class BackedLightDecoder(_Backed, LightDecoder):
     """A light decoder whose frames come through a back end."""
-
-    def __init__(self, decoder: LightDecoder, calls: Calls) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(decoder.__dict__)
-        self.calls = calls
-        self._plain = (decoder,)
 
     def decode_frames(
         self, latents: Tensor, before: Tensor | None, only: Only | None = None
@@ -218,14 +210,8 @@ class WanDecode(nn.Module):
         return (frames, *stream.decoder)
 
 
-class BackedWanVAE(WanVAE):
+class BackedWanVAE(_Backed, WanVAE):
     """A Wan autoencoder whose `decode` goes through a back end."""
-
-    def __init__(self, vae: WanVAE, calls: Calls) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(vae.__dict__)
-        self.calls = calls
-        self._plain = (vae,)
 
     def decode(
         self, latents: Tensor, stream: Stream | None = None, only: Only | None = None
