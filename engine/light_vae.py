@@ -7,9 +7,12 @@ exact by construction and decoding only the newest frame costs one latent frame.
 10-60 times faster than the Wan layout.
 
 A fixed camera sees the same background for ever: it is a learned picture here, taken off before
-encoding and put back after decoding, so that the network's capacity goes to what moves.
+encoding and put back after decoding, so that the network's capacity goes to what moves. There may
+be several cameras: the encoder takes off the picture that is nearest to what it sees, the decoder
+reads from the latents which one to put back.
 
-Shape letters: B batch, C channels, T pixel frames, F latent frames, H W picture height and width.
+Shape letters: B batch, C channels, T pixel frames, F latent frames, H W picture height and width,
+N groups of four frames, K cameras.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class LightVAEConfig:
     latent_channels: int = 16
     widths: tuple[int, int, int] = (48, 96, 144)  # at 1/2, 1/4 and 1/8 of the picture
     blocks: tuple[int, int, int] = (1, 2, 2)  # residual blocks at each of them
-    picture: tuple[int, int] | None = (128, 128)  # size of the learned background; None: without
+    picture: tuple[int, int] | None = (128, 128)  # size of the learned backgrounds; None: without
+    cameras: int = 1  # backgrounds
     latent_mean: tuple[float, ...] = (0.0,) * 16
     latent_std: tuple[float, ...] = (1.0,) * 16
 
@@ -81,7 +85,9 @@ class LightVAE(nn.Module):
         n2, n4, n8 = config.blocks
         C, folded = config.latent_channels, 3 * self.temporal
         if config.picture is not None:
-            self.background = nn.Parameter(torch.zeros(3, *config.picture))
+            self.background = nn.Parameter(torch.zeros(config.cameras, 3, *config.picture))
+        if config.picture is not None and config.cameras > 1:
+            self.camera = nn.Linear(C, config.cameras)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2),
             nn.Conv2d(folded * 4, w2, 3, padding=1),
@@ -130,9 +136,29 @@ class LightVAE(nn.Module):
     def encode_groups(self, groups_NCHW: Tensor) -> Tensor:
         """Folded frames [N,4*3,H,W] (frame-major) to raw latents [N,C,H/8,W/8]."""
         if self.config.picture is not None:
-            groups_NCHW = groups_NCHW - self.background.repeat(self.temporal, 1, 1)
+            background = self.background
+            if self.config.cameras > 1:
+                background = background[self.nearest(groups_NCHW)]
+            groups_NCHW = groups_NCHW - background.repeat(1, self.temporal, 1, 1)
         latents: Tensor = self.encoder(groups_NCHW)
         return latents
+
+    def nearest(self, groups_NCHW: Tensor) -> Tensor:
+        """[N] the camera whose background is nearest to the last frame of each group."""
+        last = groups_NCHW[:, None, -3:, ::4, ::4]  # coarse is enough to tell cameras apart
+        return (last - self.background.detach()[..., ::4, ::4]).abs().mean((2, 3, 4)).argmin(1)
+
+    def backgrounds_of(self, latents_NCHW: Tensor) -> Tensor:
+        """[N,3,H,W] what the decoder puts back, a mixture where the camera is not certain."""
+        if self.config.cameras == 1:
+            return self.background
+        share_NK = self.camera_logits(latents_NCHW).softmax(1)
+        return (share_NK @ self.background.flatten(1)).unflatten(1, self.background.shape[1:])
+
+    def camera_logits(self, latents_NCHW: Tensor) -> Tensor:
+        """[N,K] which camera made these latents."""
+        logits: Tensor = self.camera(latents_NCHW.mean((2, 3)))
+        return logits
 
     def decode_groups(self, latents_NCHW: Tensor, only: Only | None = None) -> Tensor:
         """Raw latents [N,C,h,w] to folded frames [N,4*3,8h,8w], or the last of each [N,3,8h,8w]."""
@@ -148,7 +174,7 @@ class LightVAE(nn.Module):
         else:
             groups = self.decoder(latents_NCHW)
         if self.config.picture is not None:
-            groups = groups + self.background.repeat(frames, 1, 1)
+            groups = groups + self.backgrounds_of(latents_NCHW).repeat(1, frames, 1, 1)
         return groups
 
     def encode(self, frames: Tensor, stream: Stream | None = None) -> tuple[Tensor, Stream]:

@@ -1,18 +1,23 @@
-"""`worldloop train autoencoder`: fit the light autoencoder to a dataset's frames.
+"""`worldloop train autoencoder`: fit the light autoencoder to the frames of one or more datasets.
 
 Loss: squared plus a little absolute error, more where something moves (the frame differs from the
 learned background) and around the tracked object. Small noise on the latents makes the decoder
-tolerant of what the diffusion model will not get exactly right.
+tolerant of what the diffusion model will not get exactly right. Each camera has a background of
+its own; the decoder is also told which one the encoder took off.
+
+Shape letters: G groups of four frames, H W picture height and width.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
@@ -32,14 +37,17 @@ from worldloop.training.common import (
     load_state,
     save_state,
 )
-from worldloop.training.data import EpisodeArrays, load_arrays, object_weight
+from worldloop.training.data import EpisodeArrays, load_mixture, object_weight
+
+SAME_VIEW = 0.03  # mean difference of two backgrounds, scale [-1,1], below which they are one
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Train the light autoencoder; run it again to resume."""
 
-    data: Path
+    data: tuple[Path, ...]
+    """Dataset folders. Tasks count alike, however many episodes they have."""
     out: Path
     preset: str = "tiny"
     steps: int = 12_000
@@ -53,16 +61,16 @@ class AutoencoderConfig:
     """Standard deviation of the noise on latents, in units of their own."""
     ema: float = 0.998
     held_out: int = 32
-    """Last episodes of the dataset, never trained on."""
+    """Last episodes of each dataset, never trained on."""
     limit: int | None = None
-    """Use only the first episodes of the dataset."""
+    """Use only the first episodes of each dataset."""
     seed: int = 0
     threads: int = 1
     device: str = "auto"
     precision: str = "auto"
     save_every: int = 250
     init: Path | None = None
-    """Start from this autoencoder checkpoint."""
+    """Start from this autoencoder checkpoint; cameras that it does not know are added."""
     freeze_encoder: bool = False
     """Tune the decoder only: latents, and every world model trained on them, stay valid."""
 
@@ -86,23 +94,59 @@ def median_background(data: EpisodeArrays, samples: int = 400) -> Tensor:
     return torch.from_numpy(median.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+def add_cameras(model: LightVAE, parts: Sequence[EpisodeArrays]) -> LightVAE:
+    """The model with a background for every task that none of its own is near to."""
+    known = list(model.background.detach())
+    for env_id in dict.fromkeys(part.env_id for part in parts):
+        own = median_background(next(part for part in parts if part.env_id == env_id))
+        if all(float((own - other).abs().mean()) > SAME_VIEW for other in known):
+            known.append(own)
+    if len(known) == model.config.cameras:
+        return model
+    grown = LightVAE(replace(model.config, cameras=len(known)))
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("camera.")}
+    grown.load_state_dict(kept | {"background": torch.stack(known)}, strict=False)
+    return grown
+
+
 def batch_at(
-    data: EpisodeArrays, trained: int, config: AutoencoderConfig, step: int
+    parts: Sequence[EpisodeArrays], config: AutoencoderConfig, step: int
 ) -> tuple[Tensor, Tensor]:
     """Groups [G,12,H,W] in [-1,1] and object weights [G,1,H,W] of one step."""
     rng = np.random.default_rng([config.seed, step])
-    episodes = rng.integers(trained, size=config.batch)
-    latents = rng.integers(data.frames.shape[1] // 4 + 1, size=config.batch)
-    return groups_of(data, episodes, latents)
+    return groups_of(parts, sample(parts, config, rng, config.batch))
 
 
-def groups_of(
-    data: EpisodeArrays, episodes: np.ndarray, latents: np.ndarray
-) -> tuple[Tensor, Tensor]:
+Group = tuple[int, int, int]  # number of the dataset, of the episode, of the latent frame
+
+
+def sample(
+    parts: Sequence[EpisodeArrays],
+    config: AutoencoderConfig,
+    rng: np.random.Generator,
+    count: int,
+    held_out: bool = False,
+) -> list[Group]:
+    """Groups to train on, or held-out ones; every task as likely as any other."""
+    tasks = list(dict.fromkeys(part.env_id for part in parts))
+    sizes = np.array([len(part) - config.held_out for part in parts], np.float64)
+    total = {task: sum(n for n, p in zip(sizes, parts) if p.env_id == task) for task in tasks}
+    share = np.array([n / total[p.env_id] for n, p in zip(sizes, parts)]) / len(tasks)
+    chosen = []
+    for k in rng.choice(len(parts), size=count, p=share / share.sum()):
+        part, trained = parts[k], int(sizes[k])
+        first, last = (trained, len(part)) if held_out else (0, trained)
+        latent = rng.integers(part.frames.shape[1] // 4 + 1)
+        chosen.append((int(k), int(rng.integers(first, last)), int(latent)))
+    return chosen
+
+
+def groups_of(parts: Sequence[EpisodeArrays], chosen: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """The four frames behind each latent frame (the first one stands alone, folded)."""
-    size = data.frames.shape[2]
+    size = parts[0].frames.shape[2]
     groups, weights = [], []
-    for e, f in zip(episodes, latents, strict=True):
+    for k, e, f in chosen:
+        data = parts[k]
         times = [0, 0, 0, 0] if f == 0 else list(range(4 * f - 3, 4 * f + 1))
         pictures = data.frames[e, times].astype(np.float32) / 127.5 - 1
         groups.append(pictures.transpose(0, 3, 1, 2).reshape(12, size, size))
@@ -121,13 +165,16 @@ def weighted_loss(
     scale = latents.detach().float().std()
     noisy = latents + config.latent_noise * scale * torch.randn_like(latents)
     error = model.decode_groups(noisy).float() - groups
-    moving = groups - model.background.detach().repeat(4, 1, 1)
+    camera = model.nearest(groups)
+    moving = groups - model.background.detach()[camera].repeat(1, 4, 1, 1)
     moving = (moving.abs().amax(1, keepdim=True) > 0.15).float()
     weight = 1 + config.motion_weight * moving + config.object_weight * near_object
     square = error.square()
     loss = (weight * (square + 0.05 * error.abs())).mean()
     # Latents of unit size: nothing else bounds them.
     loss = loss + 1e-3 * (latents.float().square().mean() - 1).square()
+    if model.config.cameras > 1:
+        loss = loss + 0.02 * F.cross_entropy(model.camera_logits(noisy).float(), camera)
     return loss, square.mean()
 
 
@@ -150,23 +197,27 @@ def train(config: AutoencoderConfig) -> Path:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = device_for(config.device)
-    data = load_arrays(config.data, config.limit)
-    trained = len(data) - config.held_out
-    if trained < 1:
-        raise UserError(f"held_out is {config.held_out}; {config.data} has {len(data)} episodes")
+    limits = None if config.limit is None else [config.limit] * len(config.data)
+    parts = load_mixture(config.data, limits, one_outcome=True)
+    for root, part in zip(config.data, parts):
+        if len(part) <= config.held_out:
+            raise UserError(f"held_out is {config.held_out}; {root} has {len(part)} episodes")
+    picture = parts[0].frames.shape[2:4]
     if config.init is None:
-        model = LightVAE(replace(PRESETS[config.preset](), picture=data.frames.shape[2:4]))
-        model.background.data.copy_(median_background(data))
+        model = LightVAE(replace(PRESETS[config.preset](), picture=picture))
+        model.background.data[0] = median_background(parts[0])
     else:
         model = load_autoencoder(config.init).train()
-        if model.config.picture != data.frames.shape[2:4]:
+        if model.config.picture != picture:
             raise UserError(
                 f"{config.init}: its background is {model.config.picture}, the frames of "
-                f"{config.data} are {data.frames.shape[2:4]}; they must agree"
+                f"{config.data[0]} are {picture}; they must agree"
             )
-    if config.freeze_encoder:  # the background belongs to the encoder: it is subtracted first
-        model.encoder.requires_grad_(False)
-        model.background.requires_grad_(False)
+    if config.freeze_encoder:  # the backgrounds belong to the encoder: they are subtracted first
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("decoder."))
+    else:
+        model = add_cameras(model, parts)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -178,18 +229,14 @@ def train(config: AutoencoderConfig) -> Path:
     step = load_state(config.out / "state", model, optimizer, ema)
     run = Run(config.out, config, resume_step=step or None, overwrite=True)
     rng = np.random.default_rng(7)
-    held_groups, _ = groups_of(
-        data,
-        trained + rng.integers(config.held_out, size=64),
-        rng.integers(data.frames.shape[1] // 4 + 1, size=64),
-    )
+    held_groups, _ = groups_of(parts, sample(parts, config, rng, 64, held_out=True))
     held_groups = held_groups.to(device)
     clock, errors = Clock(), []
     with run.progress(config.steps, "autoencoder", unit="step", initial=step) as progress:
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.steps, config.lr)
-            groups, near = (x.to(device) for x in batch_at(data, trained, config, step))
+            groups, near = (x.to(device) for x in batch_at(parts, config, step))
             groups = groups.contiguous(memory_format=torch.channels_last)
             torch.manual_seed(config.seed * 1_000_003 + step)  # latent noise: resumable
             with autocast(device, config.precision):
@@ -206,7 +253,7 @@ def train(config: AutoencoderConfig) -> Path:
             if step % config.save_every == 0 or step == config.steps:
                 with ema.applied(model), autocast(device, config.precision):
                     held, pictures = evaluate(model, held_groups)
-                    write_checkpoint(model, data, config)
+                    write_checkpoint(model, parts, config)
                 run.log(
                     step,
                     loss=float(loss.detach()),
@@ -224,16 +271,14 @@ def train(config: AutoencoderConfig) -> Path:
 
 
 @torch.no_grad()
-def write_checkpoint(model: LightVAE, data: EpisodeArrays, config: AutoencoderConfig) -> None:
+def write_checkpoint(
+    model: LightVAE, parts: Sequence[EpisodeArrays], config: AutoencoderConfig
+) -> None:
     """Save the (averaged) weights with the latents' statistics over sampled groups."""
     sizes = model.config
     if not config.freeze_encoder:
         rng = np.random.default_rng(3)
-        groups, _ = groups_of(
-            data,
-            rng.integers(len(data) - config.held_out, size=64),
-            rng.integers(data.frames.shape[1] // 4 + 1, size=64),
-        )
+        groups, _ = groups_of(parts, sample(parts, config, rng, 64))
         latents = model.encode_groups(groups.to(next(model.parameters()).device)).float()
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-3)
         sizes = replace(

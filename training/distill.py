@@ -56,8 +56,8 @@ from worldloop.training.common import EMA, Clock, autocast, device_for, load_sta
 from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, latent_cache
 from worldloop.training.optimizer import MuonAdamW
+from worldloop.training.starting import load_start
 from worldloop.training.world_loss import Trainee, edm_weight
-from worldloop.training.world_model import load_start
 
 History = list[KV]  # one (keys, values) a block
 

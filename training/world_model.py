@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from worldloop.checkpoint import load_checkpoint, load_into, save_checkpoint
-from worldloop.config import config_from_dict, config_to_dict
-from worldloop.engine.arm import Arm, ArmConfig
+from worldloop.checkpoint import load_into
+from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
-from worldloop.engine.dit_config import PRESETS, DiTConfig
-from worldloop.engine.formats.cosmos import infer_config, read_cosmos, strip_cosmos
+from worldloop.engine.dit_config import PRESETS
 from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.world_config import TaskRecord
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
@@ -34,7 +32,6 @@ from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.track import Run
-from worldloop.training.arm import fit_arm, position_error
 from worldloop.training.common import (
     EMA,
     Clock,
@@ -46,11 +43,18 @@ from worldloop.training.common import (
     matmul_ceiling,
     save_state,
 )
-from worldloop.training.data import EpisodeArrays, load_mixture, pool_paths
+from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, autoencoder_of, latent_cache
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.samples import write_sample_video
 from worldloop.training.sharded import ShardedState, shard, whole_state
+from worldloop.training.starting import (
+    arm_of,
+    dit_sizes,
+    keep_statistics,
+    load_published,
+    load_start,
+)
 from worldloop.training.world_loss import Trainee, training_flops, training_loss
 
 
@@ -145,12 +149,7 @@ def train(config: WorldModelTraining) -> Path:
     if config.init is not None and config.init.suffix != ".pt":
         base, start = load_start(config.init)
         base.action_spec.require_same(parts[0].action_spec, str(config.init), str(config.data[0]))
-        # The weights know poses by the statistics that they were trained with.
-        spec = replace(
-            parts[0].action_spec,
-            pose_mean=base.action_spec.pose_mean,
-            pose_std=base.action_spec.pose_std,
-        )
+        spec = keep_statistics(start["dit"], base.action_spec, parts[0].action_spec)
         parts = [replace(part, action_spec=spec) for part in parts]
     sizes = dit_sizes(config, parts[0], latents[0].shape[2:], base)
     reward = RewardConfig(latent_channels=latents[0].shape[2], grid=latents[0].shape[3:5])
@@ -350,68 +349,6 @@ class _Training:
                 write_sample_video(world.to(self.device), data, shown, path)
 
 
-def load_published(dit: DiT, path: Path) -> None:
-    """Take over every tensor of a Cosmos ``.pt`` whose name and shape fit; say what does not."""
-    try:
-        state = strip_cosmos(read_cosmos(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    own = dit.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    if len(fitting) < 0.5 * len(own):
-        raise UserError(
-            f"{path}: only {len(fitting)} of {len(own)} tensors fit this network of width "
-            f"{dit.config.width} and depth {dit.config.depth}; choose the preset it was made for"
-        )
-    dit.load_state_dict(fitting, strict=False)
-    fresh = sorted(own.keys() - fitting.keys())
-    print(f"{path}: {len(fitting)} tensors taken over; {len(fresh)} start afresh"
-          + (f": {', '.join(fresh[:6])}" if fresh else ""))  # fmt: skip
-
-
-def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tensor]]]:
-    """Configuration and weights of the world model to start from; raises UserError naming it."""
-    checkpoint = load_checkpoint(folder, kind="world_model")
-    config = config_from_dict(WorldModelConfig, checkpoint.config, str(folder))
-    for part in ("dit", "reward", *(() if config.arm is None else ("arm",))):
-        if part not in checkpoint.parts:
-            raise UserError(f"{folder}: has no {part!r} weights; it is not a whole world model")
-    return config, checkpoint.parts
-
-
-def dit_sizes(
-    config: WorldModelTraining,
-    data: EpisodeArrays,
-    latent_CHW: tuple[int, ...],
-    base: WorldModelConfig | None,
-) -> DiTConfig:
-    """The transformer's sizes: the preset's or the starting checkpoint's, fitted to the data."""
-    if base is not None:
-        sizes = base.dit
-    elif config.init is not None:
-        sizes = infer_config(strip_cosmos(read_cosmos(config.init)))
-    else:
-        sizes = PRESETS[config.preset]()
-    channels, height, width = latent_CHW
-    changes: dict[str, Any] = {
-        "width": config.width or sizes.width,
-        "depth": config.depth or sizes.depth,
-        "latent_channels": channels,
-        "action_dim": data.action_spec.dim,
-        "action_layout": "per_frame",  # the published one cannot stream
-    }
-    if sizes.learned_positions is not None:
-        changes["learned_positions"] = (height // sizes.patch, width // sizes.patch)
-    fitted = replace(sizes, **changes)
-    if base is not None and fitted != sizes:
-        unlike = [name for name in changes if getattr(fitted, name) != getattr(sizes, name)]
-        raise UserError(
-            f"{config.init}: its {unlike[0]} is {getattr(sizes, unlike[0])}, this run's "
-            f"{getattr(fitted, unlike[0])}; start from a checkpoint of the same sizes"
-        )
-    return fitted
-
-
 def world_of(
     model: Trainee,
     parts: Sequence[EpisodeArrays],
@@ -445,40 +382,6 @@ def world_of(
         )
     new = replace(new, arm=None if arm is None else arm.config)
     return WorldModel(new, model.dit, autoencoder, model.reward, arm)
-
-
-def arm_of(
-    config: WorldModelTraining,
-    parts: Sequence[EpisodeArrays],
-    base: WorldModelConfig | None,
-    start: dict[str, dict[str, Tensor]] | None,
-    workers: Workers,
-) -> Arm | None:
-    """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None."""
-    spec, folder = parts[0].action_spec, config.out / "arm"
-    if spec.kind != "delta_pose" or (config.arm_steps == 0 and (base is None or base.arm is None)):
-        return None
-    if config.arm_steps == 0:
-        assert base is not None and base.arm is not None and start is not None
-        arm = Arm(base.arm)
-        load_into(arm, start["arm"], f"{config.init} (arm)")
-        return arm
-    if workers.rank == 0 and not (folder / "config.json").is_file():
-        data = pool_paths(parts, config.held_out)
-        trained = len(data) - config.held_out * len(parts)
-        arm = fit_arm(data, trained, config.arm_steps, config.seed)
-        actions, states = data.actions[trained:], data.states[trained:]
-        linear, fitted = (
-            1000 * position_error(poses(actions, states[:, 0]), states)
-            for poses in (spec.to_absolute, arm.poses)
-        )
-        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, fitted {fitted:.1f} mm")
-        save_checkpoint(folder, {"arm": arm.state_dict()}, config_to_dict(arm.config), kind="arm")
-    workers.barrier()
-    checkpoint = load_checkpoint(folder, kind="arm")
-    arm = Arm(config_from_dict(ArmConfig, checkpoint.config, str(folder)))
-    load_into(arm, checkpoint.parts["arm"], str(folder))
-    return arm.eval()
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.training import data as data_module
-from worldloop.training import world_model
+from worldloop.training import starting, world_model
 from worldloop.training.data import is_near_success, load_arrays, load_mixture
 from worldloop.training.latents import Batches, latent_cache
 from worldloop.training.sharded import orthogonalised
@@ -196,7 +196,7 @@ def randomise(model: nn.Module) -> None:
 
 def small_trainee(config, part, latents) -> world_model.Trainee:
     torch.manual_seed(0)
-    sizes = world_model.dit_sizes(config, part, latents.shape[2:], None)
+    sizes = starting.dit_sizes(config, part, latents.shape[2:], None)
     reward = world_model.RewardConfig(latent_channels=latents.shape[2], grid=latents.shape[3:5])
     model = world_model.Trainee(DiT(sizes), world_model.RewardHead(reward))
     randomise(model)
@@ -254,7 +254,7 @@ def test_a_gpu_trains_and_resumes(push, stack, autoencoder, tmp_path):
 def test_a_published_checkpoint_is_a_start_where_shapes_allow(push, autoencoder, tmp_path, capsys):
     from worldloop.engine.formats import cosmos
 
-    sizes = world_model.DiTConfig(
+    sizes = starting.DiTConfig(
         width=48, depth=2, heads=4, latent_channels=PRESETS["test"]().latent_channels,
         context_dim=0, adaln_rank=8, action_dim=7, action_layout="chunk", chunk_actions=12,
     )  # fmt: skip
@@ -301,7 +301,7 @@ TWO = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from worldloop.training import world_model
+from worldloop.training import starting, world_model
 out, data, autoencoder, fsdp, steps, again = sys.argv[1:]
 world_model.train(world_model.WorldModelTraining(
     data=(Path(data),), autoencoder=Path(autoencoder), out=Path(out), width=48, depth=2,
@@ -345,3 +345,36 @@ def test_sharded_training_is_plain_training_and_resumes(push, autoencoder, tmp_p
     assert "holds a run that was not sharded" in refused.stderr
     alone = launch(script, 1, tmp_path / "one", push, autoencoder, "fsdp", 2, "no")
     assert "fsdp needs several processes" in alone.stderr
+
+
+def test_poses_that_move_farther_keep_their_answer():
+    """Weights trained on a closed hand learn to open it; what they knew they still know."""
+    torch.manual_seed(0)
+    base = dataclasses.replace(SPEC, pose_mean=(0.0,) * 6 + (-1.0,), pose_std=(0.05,) * 7)
+    wide = dataclasses.replace(
+        base,
+        pose_mean=(0.01, 0.3, 0.0, 0.0, 0.0, 0.0, 0.2),
+        pose_std=(0.06, 0.15, 0.05, 0.04, 0.05, 0.05, 1.0),
+    )
+    sizes = dataclasses.replace(
+        starting.PRESETS["tiny"](), width=48, depth=1, action_dim=7, action_layout="per_frame"
+    )
+    dit = starting.DiT(sizes)
+    before = {k: v.clone() for k, v in dit.state_dict().items()}
+    after = dict(before)
+    spec = starting.keep_statistics(after, base, wide)
+    assert spec.pose_mean == (0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 0.2)
+    assert spec.pose_std == (0.05, 0.15, 0.05, 0.05, 0.05, 0.05, 1.0)
+    poses = 0.1 * torch.randn(5, 4, 7).double()
+    poses[..., 6] = -1.0
+
+    def answer(state, spec):
+        scaled = (poses - torch.tensor(spec.pose_mean)) / torch.tensor(spec.pose_std)
+        weight, bias = (state[f"action_embedder_B_D.fc1.{k}"].double() for k in ("weight", "bias"))
+        return scaled.flatten(1) @ weight.T + bias
+
+    torch.testing.assert_close(answer(after, spec), answer(before, base), rtol=0, atol=1e-5)
+    # An opening is 40 of the old deviations and would shout down everything else.
+    grip = "action_embedder_B_D.fc1.weight"
+    torch.testing.assert_close(after[grip][:, 6::7], starting.STEEPEST * before[grip][:, 6::7])
+    assert starting.keep_statistics(dict(before), base, base) == base

@@ -22,7 +22,7 @@ from worldloop.engine.world_model import WorldModel, load_autoencoder
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.training import autoencoder as ae
-from worldloop.training import samples, world_loss, world_model
+from worldloop.training import samples, starting, world_loss, world_model
 from worldloop.training.common import EMA, autocast, learning_rate
 from worldloop.training.data import fit_action_spec, load_arrays, object_weight
 from worldloop.training.optimizer import MuonAdamW
@@ -97,7 +97,7 @@ def dataset(tmp_path_factory) -> Path:
 
 def autoencoder_config(dataset: Path, out: Path, **changes) -> ae.AutoencoderConfig:
     return ae.AutoencoderConfig(**{
-        "data": dataset, "out": out, "preset": "test", "steps": 4, "batch": 2, "save_every": 2,
+        "data": (dataset,), "out": out, "preset": "test", "steps": 4, "batch": 2, "save_every": 2,
         "held_out": 2, "precision": "fp32", "device": "cpu", **changes,
     })  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_the_autoencoder_overfits(dataset, tmp_path):
     torch.manual_seed(0)
     model = ae.LightVAE(dataclasses.replace(ae.PRESETS["test"](), picture=(SIZE, SIZE)))
     config = autoencoder_config(dataset, tmp_path)
-    groups, near = ae.groups_of(data, np.arange(4), np.arange(1, 5))
+    groups, near = ae.groups_of([data], [(0, i, i + 1) for i in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -191,9 +191,51 @@ def test_the_autoencoder_overfits(dataset, tmp_path):
     assert losses[-1] < 0.4 * losses[0]
 
 
+def test_every_camera_has_a_background_of_its_own(dataset):
+    data = load_arrays(dataset)
+    darker = dataclasses.replace(data, frames=np.asarray(data.frames) // 3, env_id="Darker-v1")
+    torch.manual_seed(0)
+    model = ae.LightVAE(dataclasses.replace(ae.PRESETS["test"](), picture=(SIZE, SIZE)))
+    model.background.data[0] = ae.median_background(data)
+    assert ae.add_cameras(model, [data]) is model
+    grown = ae.add_cameras(model, [data, darker])
+    assert grown.config.cameras == 2
+    torch.testing.assert_close(grown.background[0], model.background[0], rtol=0, atol=0)
+    torch.testing.assert_close(grown.encoder[1].weight, model.encoder[1].weight, rtol=0, atol=0)
+    assert ae.add_cameras(grown, [data, darker]) is grown
+    groups, near = ae.groups_of([data, darker], [(0, 1, 2), (1, 1, 2), (0, 3, 0), (1, 0, 1)])
+    assert grown.nearest(groups).tolist() == [0, 1, 0, 1]
+    # The decoder learns to read the camera from the latents.
+    config = autoencoder_config(dataset, Path("unused"))
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ae.weighted_loss(grown, groups, near, config)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        latents = grown.encode_groups(groups)
+        assert grown.camera_logits(latents).argmax(1).tolist() == [0, 1, 0, 1]
+        last = grown.decode_groups(latents, "last")
+        torch.testing.assert_close(last, grown.decode_groups(latents)[:, -3:], rtol=0, atol=1e-6)
+
+
+def test_groups_are_drawn_by_task_and_held_out_ones_are_kept_apart(dataset):
+    data = load_arrays(dataset)
+    other = dataclasses.replace(data, env_id="Other-v1")
+    config = autoencoder_config(dataset, Path("unused"))
+    rng = np.random.default_rng(0)
+    chosen = ae.sample([data, data, other], config, rng, 4000)
+    share = np.bincount([k for k, _, _ in chosen], minlength=3) / 4000
+    np.testing.assert_allclose(share, [0.25, 0.25, 0.5], atol=0.03)
+    first_held = len(data) - config.held_out
+    assert max(e for _, e, _ in chosen) < first_held
+    held = ae.sample([data, other], config, rng, 100, held_out=True)
+    assert min(e for _, e, _ in held) == first_held
+
+
 def test_groups_are_the_frames_behind_each_latent(dataset):
     data = load_arrays(dataset)
-    groups, near = ae.groups_of(data, np.array([1, 2]), np.array([0, 3]))
+    groups, near = ae.groups_of([data], [(0, 1, 0), (0, 2, 3)])
     frames = ((groups + 1) * 127.5).round().numpy().reshape(2, 4, 3, SIZE, SIZE)
     for t in range(4):
         np.testing.assert_array_equal(frames[0, t].transpose(1, 2, 0), data.frames[1, 0])
@@ -258,7 +300,7 @@ def trainee(dataset: Path, autoencoder: Path, out: Path, **changes):
     latents = world_model.latent_cache(data, dataset, autoencoder, CPU)
     batches = world_model.Batches([data], [latents], config)
     torch.manual_seed(0)
-    sizes = world_model.dit_sizes(config, data, latents.shape[2:], None)
+    sizes = starting.dit_sizes(config, data, latents.shape[2:], None)
     reward = RewardConfig(latent_channels=16, grid=(4, 4))
     model = world_model.Trainee(DiT(sizes), RewardHead(reward))
     return model, batches, config, data
@@ -375,9 +417,10 @@ def test_sampling_changes_nothing(dataset, autoencoder, tmp_path):
 def test_fine_tuning_keeps_sizes_and_pose_statistics(dataset, autoencoder, tmp_path):
     first = world_model.train(training_config(dataset, autoencoder, tmp_path / "a", steps=2))
     base = WorldModel.from_pretrained(first)
+    nudged = tuple(v + 0.01 for v in base.action_spec.pose_mean)
     config = dataclasses.replace(
         base.config,
-        action_spec=dataclasses.replace(base.action_spec, pose_mean=(0.25,) * 7),
+        action_spec=dataclasses.replace(base.action_spec, pose_mean=nudged),
         reward_threshold=0.7, sink=2, env_ids=("PullCube-v1",),
     )  # fmt: skip
     moved = WorldModel(config, base.dit, base.autoencoder, base.reward).save(tmp_path / "moved")
@@ -426,7 +469,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
-from worldloop.training import common, world_model
+from worldloop.training import common, starting, world_model
 
 kept = []
 class Kept(world_model.MuonAdamW):

@@ -1,0 +1,181 @@
+"""What a world-model run starts from: an earlier checkpoint, published weights, a fitted arm.
+
+Shape letters: A action dim, H hidden features, P poses a latent frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldloop.checkpoint import load_checkpoint, load_into, save_checkpoint
+from worldloop.config import config_from_dict, config_to_dict
+from worldloop.engine.arm import Arm, ArmConfig
+from worldloop.engine.dit import DiT
+from worldloop.engine.dit_config import PRESETS, DiTConfig
+from worldloop.engine.formats.cosmos import infer_config, read_cosmos, strip_cosmos
+from worldloop.engine.world_model import WorldModelConfig
+from worldloop.errors import UserError
+from worldloop.training.arm import fit_arm, position_error
+from worldloop.training.common import Workers
+from worldloop.training.data import EpisodeArrays, pool_paths
+from worldloop.types import ActionSpec
+
+STEEPEST = 4.0  # most by which a pose's weights grow where its unit does
+
+
+class Starting(Protocol):
+    """What is read here of `WorldModelTraining`."""
+
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def width(self) -> int | None: ...
+
+    @property
+    def depth(self) -> int | None: ...
+
+    @property
+    def init(self) -> Path | None: ...
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def arm_steps(self) -> int: ...
+
+    @property
+    def held_out(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def load_published(dit: DiT, path: Path) -> None:
+    """Take over every tensor of a Cosmos ``.pt`` whose name and shape fit; say what does not."""
+    try:
+        state = strip_cosmos(read_cosmos(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    own = dit.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if len(fitting) < 0.5 * len(own):
+        raise UserError(
+            f"{path}: only {len(fitting)} of {len(own)} tensors fit this network of width "
+            f"{dit.config.width} and depth {dit.config.depth}; choose the preset it was made for"
+        )
+    dit.load_state_dict(fitting, strict=False)
+    fresh = sorted(own.keys() - fitting.keys())
+    print(f"{path}: {len(fitting)} tensors taken over; {len(fresh)} start afresh"
+          + (f": {', '.join(fresh[:6])}" if fresh else ""))  # fmt: skip
+
+
+def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tensor]]]:
+    """Configuration and weights of the world model to start from; raises UserError naming it."""
+    checkpoint = load_checkpoint(folder, kind="world_model")
+    config = config_from_dict(WorldModelConfig, checkpoint.config, str(folder))
+    for part in ("dit", "reward", *(() if config.arm is None else ("arm",))):
+        if part not in checkpoint.parts:
+            raise UserError(f"{folder}: has no {part!r} weights; it is not a whole world model")
+    return config, checkpoint.parts
+
+
+def dit_sizes(
+    config: Starting,
+    data: EpisodeArrays,
+    latent_CHW: tuple[int, ...],
+    base: WorldModelConfig | None,
+) -> DiTConfig:
+    """The transformer's sizes: the preset's or the starting checkpoint's, fitted to the data."""
+    if base is not None:
+        sizes = base.dit
+    elif config.init is not None:
+        sizes = infer_config(strip_cosmos(read_cosmos(config.init)))
+    else:
+        sizes = PRESETS[config.preset]()
+    channels, height, width = latent_CHW
+    changes: dict[str, Any] = {
+        "width": config.width or sizes.width,
+        "depth": config.depth or sizes.depth,
+        "latent_channels": channels,
+        "action_dim": data.action_spec.dim,
+        "action_layout": "per_frame",  # the published one cannot stream
+    }
+    if sizes.learned_positions is not None:
+        changes["learned_positions"] = (height // sizes.patch, width // sizes.patch)
+    fitted = replace(sizes, **changes)
+    if base is not None and fitted != sizes:
+        unlike = [name for name in changes if getattr(fitted, name) != getattr(sizes, name)]
+        raise UserError(
+            f"{config.init}: its {unlike[0]} is {getattr(sizes, unlike[0])}, this run's "
+            f"{getattr(fitted, unlike[0])}; start from a checkpoint of the same sizes"
+        )
+    return fitted
+
+
+def keep_statistics(dit: dict[str, Tensor], base: ActionSpec, data: ActionSpec) -> ActionSpec:
+    """The data's action spec with the pose statistics that the weights were trained with.
+
+    Except where the data moves much farther than those allow for (a gripper that was always closed
+    now opens): such a direction takes the data's mean and deviation, and the first layer of the
+    action embedders in ``dit`` (its entries are replaced) is rescaled so that a pose is answered as
+    before. By at most `STEEPEST`: what never moved has weights that were never trained.
+    """
+    mean, std = (np.array(getattr(base, f"pose_{name}"), np.float64) for name in ("mean", "std"))
+    new_mean, new_std = (np.array(getattr(data, f"pose_{n}"), np.float64) for n in ("mean", "std"))
+    wider = (new_std > 2 * std) | (np.abs(new_mean - mean) > 3 * std)
+    scale = np.where(wider, np.minimum(new_std / std, STEEPEST), 1.0)
+    shift = np.where(wider, scale * (new_mean - mean) / new_std, 0.0)
+    if wider.any():
+        for name in ("action_embedder_B_D.fc1", "action_embedder_B_3D.fc1"):
+            weight_HPA = dit[f"{name}.weight"].double().unflatten(1, (-1, len(scale)))
+            bias_H = dit[f"{name}.bias"] + (weight_HPA * torch.from_numpy(shift)).sum((1, 2))
+            dit[f"{name}.weight"] = (weight_HPA * torch.from_numpy(scale)).flatten(1).float()
+            dit[f"{name}.bias"] = bias_H.float()
+    chosen_mean, chosen_std = np.where(wider, new_mean, mean), np.where(wider, new_std, std)
+    return replace(
+        data,
+        pose_mean=tuple(float(v) for v in chosen_mean),
+        pose_std=tuple(float(v) for v in chosen_std),
+    )
+
+
+def arm_of(
+    config: Starting,
+    parts: Sequence[EpisodeArrays],
+    base: WorldModelConfig | None,
+    start: dict[str, dict[str, Tensor]] | None,
+    workers: Workers,
+) -> Arm | None:
+    """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None."""
+    spec, folder = parts[0].action_spec, config.out / "arm"
+    if spec.kind != "delta_pose" or (config.arm_steps == 0 and (base is None or base.arm is None)):
+        return None
+    if config.arm_steps == 0:
+        assert base is not None and base.arm is not None and start is not None
+        arm = Arm(base.arm)
+        load_into(arm, start["arm"], f"{config.init} (arm)")
+        return arm
+    if workers.rank == 0 and not (folder / "config.json").is_file():
+        data = pool_paths(parts, config.held_out)
+        trained = len(data) - config.held_out * len(parts)
+        arm = fit_arm(data, trained, config.arm_steps, config.seed)
+        actions, states = data.actions[trained:], data.states[trained:]
+        linear, fitted = (
+            1000 * position_error(poses(actions, states[:, 0]), states)
+            for poses in (spec.to_absolute, arm.poses)
+        )
+        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, fitted {fitted:.1f} mm")
+        save_checkpoint(folder, {"arm": arm.state_dict()}, config_to_dict(arm.config), kind="arm")
+    workers.barrier()
+    checkpoint = load_checkpoint(folder, kind="arm")
+    arm = Arm(config_from_dict(ArmConfig, checkpoint.config, str(folder)))
+    load_into(arm, checkpoint.parts["arm"], str(folder))
+    return arm.eval()
