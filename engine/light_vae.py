@@ -136,7 +136,7 @@ class LightVAE(nn.Module):
     def encode_groups(self, groups_NCHW: Tensor) -> Tensor:
         """Folded frames [N,4*3,H,W] (frame-major) to raw latents [N,C,H/8,W/8]."""
         if self.config.picture is not None:
-            background = self.background
+            background: Tensor = self.background
             if self.config.cameras > 1:
                 background = background[self.nearest(groups_NCHW)]
             groups_NCHW = groups_NCHW - background.repeat(1, self.temporal, 1, 1)
