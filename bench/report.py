@@ -51,7 +51,9 @@ def read_results(folder: Path) -> dict[str, Document]:
 def where(document: Document) -> str:
     """One line: what ran, on what."""
     machine, versions = document["machine"], document["versions"]
-    return f"{device_name(machine)}; torch {versions['torch']}; commit `{document['commit']}`"
+    native = "; kernels/csrc loaded" if versions.get("native") == "loaded" else ""
+    ran = f"torch {versions['torch']}{native}"
+    return f"{device_name(machine)}; {ran}; commit `{document['commit']}`"
 
 
 # speed.md ----------------------------------------------------------------------------------------

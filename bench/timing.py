@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-from worldloop import __version__
+from worldloop import __version__, native
 from worldloop.config import config_to_dict
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -296,8 +296,11 @@ _CPU_FACTS = (("family", "cpu family"), ("model", "model"))
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of worldloop, Python, torch and the named packages that are installed."""
+    """Of worldloop, Python, torch and the named packages that are installed; `native`: "loaded"
+    where kernels/csrc is in use.
+    """
     found = {
+        "native": "loaded" if native else "none",
         "worldloop": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

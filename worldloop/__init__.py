@@ -4,9 +4,33 @@ The names below are imported on first use, so `import worldloop` stays light
 (no torch, no GPU, no network).
 """
 
+import ctypes
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+
+def _load_native() -> bool:
+    """Load kernels/csrc, where CMake has built it; True where it takes effect.
+
+    It must come before torch, whose symbols are bound when it is loaded, and helps only
+    processors with AVX-512. ``WORLDLOOP_NATIVE=0`` leaves it out.
+    """
+    near = Path(__file__).parent
+    found = [p for p in (near / "kernels", near.parent / "kernels") if (p / "_native.so").is_file()]
+    if not found or "torch" in sys.modules or os.environ.get("WORLDLOOP_NATIVE") == "0":
+        return False
+    processor = Path("/proc/cpuinfo")
+    if not processor.is_file() or " avx512f " not in processor.read_text(encoding="utf-8"):
+        return False
+    ctypes.CDLL(str(found[0] / "_native.so"), mode=ctypes.RTLD_GLOBAL)
+    return True
+
+
+native = _load_native()
 
 if TYPE_CHECKING:
     from worldloop.engine.rollout import RolloutEngine
