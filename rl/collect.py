@@ -1,4 +1,4 @@
-"""`worldloop collect`: scripted successes and near-successes in ManiSkill (paper section 3.1).
+"""`worldloop collect`: scripted successes and near-successes in a simulator (paper section 3.1).
 
 Each seed decides its own wanted outcome; attempts are screened at state speed and only the one
 that ends as wanted is rendered. Shape letters: T actions, A their dimension, O objects.
@@ -30,14 +30,14 @@ from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import disk_error
 from worldloop.outcome import actions_only_accuracy, save_actions_only
-from worldloop.rl.envs.maniskill import ManiSkillEnv, own_sequence, reset_in_view, task_preset
+from worldloop.rl.envs.simulators import Simulator, make_simulator, own_sequence, reset_in_view
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.track import Progress
 from worldloop.types import ActionSpec, Episode
 
 # The outcome must be visible: at 128x128 a pixel is about 4 mm, so the episodes whose cube stops
 # within two pixels of the target's edge are left out, of both outcomes.
 VISIBLE_MARGIN = 0.008
-FARTHEST_REACH = 0.145  # metres; beyond it a low, downward gripper has no inverse kinematics
 SETTLED = 8  # last steps over which the success flag must not change
 EXPERT_STYLE = 0.15  # share of each range of styles that an expert's hand uses
 # Reasons that are the script's own; what could not be begun or seen is not.
@@ -50,7 +50,7 @@ class CollectConfig:
     """Collect scripted episodes of one task into a dataset; start it as often as you have cores."""
 
     env: str
-    """Task: a table-top one of ManiSkill3, such as PushCube-v1 (docs/data.md lists them)."""
+    """Task, such as PushCube-v1 (ManiSkill3) or libero_object-0 (docs/data.md lists them)."""
     out: Path
     """Dataset folder; an existing one of the same task is continued."""
     episodes: int = 1000
@@ -96,7 +96,7 @@ class CollectConfig:
             raise ValueError(f"crf is {self.crf}; expected 0 .. 51")
 
 
-def _outcome_visible(env: ManiSkillEnv, success: bool) -> bool:
+def _outcome_visible(env: Simulator, success: bool) -> bool:
     """Whether a picture tells the outcome: near the goal's edge, or a failure in it, does not."""
     goal, radius = env.goal(), env.task.goal_radius
     if goal is None:
@@ -126,7 +126,7 @@ class Attempt:
 
 
 def play(
-    env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
+    env: Simulator, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
 ) -> Attempt | str:
     """Try for the wanted outcome once; a string says why the plan was not even begun."""
     rng = np.random.default_rng([seed, try_])
@@ -142,7 +142,8 @@ def play(
     policy = scripted_policy(
         env.task.env_id, rng, start, env.tcp()[:3], offset, horizon, EXPERT_STYLE if expert else 1.0
     )
-    if max(float(point.position[0]) for point in policy.waypoints) > FARTHEST_REACH:
+    farthest = max(float(point.position[0]) for point in policy.waypoints)
+    if env.task.reach_x is not None and farthest > env.task.reach_x:
         return "out of reach"
     snapshots, states, objects = [env.snapshot()], [env.state()], [start]
     actions, reward = [], []
@@ -177,7 +178,7 @@ def play(
 
 
 def attempt(
-    env: ManiSkillEnv, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
+    env: Simulator, seed: int, want: bool, try_: int, horizon: int, expert: bool = False
 ) -> Episode | str:
     """One scripted episode whose outcome is the wanted one, or why there is none.
 
@@ -208,7 +209,7 @@ def attempt(
 
 
 def policy_episode(
-    env: ManiSkillEnv, policy: Policy, seed: int, horizon: int, record: dict[str, Any],
+    env: Simulator, policy: Policy, seed: int, horizon: int, record: dict[str, Any],
     sim_seed: int | None = None,
 ) -> Episode:  # fmt: skip
     """One episode by a policy, whatever its outcome: the paper's second way (section 3.1).
@@ -274,7 +275,7 @@ class Collector:
     def __init__(self, config: CollectConfig) -> None:
         torch.set_num_threads(1)
         self.config = config
-        self.env = ManiSkillEnv(config.env, config.image_size)
+        self.env = make_simulator(config.env, config.image_size)
         meta = DatasetMeta(
             action_spec=ActionSpec(),
             env_id=config.env,

@@ -29,7 +29,8 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.metrics import wilson_interval
-from worldloop.rl.envs.maniskill import ManiSkillVectorEnv, task_preset
+from worldloop.rl.envs.simulators import SimulatorVectorEnv
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.rl.envs.vector import ChunkVectorEnv
 from worldloop.rl.envs.world import WorldVectorEnv
 from worldloop.rl.starts import load_starts
@@ -157,7 +158,7 @@ class EvaluateConfig:
     policy: str
     """Checkpoint folder, shipped policy or hub id."""
     env: str = "PushCube-v1"
-    """ManiSkill task, or `world`: the episodes are imagined."""
+    """Task of a simulator, or `world`: the episodes are imagined."""
     episodes: int = 200
     first_seed: int = 3_000_000
     """Simulator seed of the first episode; from 3000000 on no training has seen any."""
@@ -223,7 +224,7 @@ def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
             horizon=config.horizon,
             steps=config.steps,
         )
-    return ManiSkillVectorEnv(
+    return SimulatorVectorEnv(
         config.env,
         min(rows, config.rows or 1),
         horizon=config.horizon,

@@ -20,7 +20,7 @@ from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
-from worldloop.rl.envs.maniskill import TASKS
+from worldloop.rl.envs.tasks import TASKS
 from worldloop.track import Progress
 from worldloop.types import Actions, Episode, Rollout, Starts
 

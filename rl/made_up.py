@@ -24,7 +24,8 @@ from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import disk_error
 from worldloop.rl.collect import policy_episode
-from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.rl.envs.simulators import make_simulator
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.rl.held_out import HeldOut
 from worldloop.track import Progress
 from worldloop.types import ActionSpec, Episode
@@ -113,7 +114,7 @@ def simulate(
         return EpisodeDataset(final)
     making = final.with_name(f".{final.name}.making")
     shutil.rmtree(making, ignore_errors=True)
-    env = ManiSkillEnv(env_id, image_size, camera)
+    env = make_simulator(env_id, image_size, camera)
     try:
         meta = DatasetMeta(ActionSpec(), env_id, asdict(camera), horizon, image_size)
         episodes = []

@@ -22,7 +22,8 @@ from worldloop.episodes import DatasetMeta
 from worldloop.errors import UserError
 from worldloop.registry import load
 from worldloop.rl.collect import policy_episode
-from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.rl.envs.simulators import make_simulator
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.rl.evaluate import WORLD, EvaluateConfig, Evaluation, _run
 from worldloop.rl.starts import load_starts
 from worldloop.types import ActionSpec, Episode
@@ -33,7 +34,7 @@ class TrueEnv:
     """The environment that decides what is true."""
 
     env: str
-    """ManiSkill task; `world`: a second world model stands for the truth (tests); or your own
+    """Task of a simulator; `world`: a second world model stands for the truth (tests); or your own
     `Recorder` as "package.module:Class", made with this config."""
     horizon: int = 72
     image_size: int = 128
@@ -90,11 +91,11 @@ class Recorder(Protocol):
 
 
 class SimulatorRecorder:
-    """Episodes of a ManiSkill task."""
+    """Episodes of a simulator's task."""
 
     def __init__(self, true: TrueEnv) -> None:
         self.true = true
-        self.env = ManiSkillEnv(true.env, true.image_size)
+        self.env = make_simulator(true.env, true.image_size)
 
     @property
     def meta(self) -> DatasetMeta:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from worldloop.engine.policy.scripts import cubes, draw, pegs, slide
+from worldloop.engine.policy.scripts import cubes, draw, libero, pegs, slide
 from worldloop.engine.policy.scripts.common import (
     NarrowStyle,
     Perturbation,
@@ -26,7 +26,9 @@ from worldloop.engine.policy.scripts.common import (
     smooth_noise,
 )
 
-SCRIPTS: dict[str, Script] = {**slide.SCRIPTS, **cubes.SCRIPTS, **pegs.SCRIPTS, **draw.SCRIPTS}
+SCRIPTS: dict[str, Script] = {
+    **slide.SCRIPTS, **cubes.SCRIPTS, **pegs.SCRIPTS, **draw.SCRIPTS, **libero.SCRIPTS,
+}  # fmt: skip
 
 
 def script(env_id: str) -> Script:
@@ -60,4 +62,4 @@ def scripted_policy(
     believed[:, :2] += offset_O2
     style = rng if style_share == 1 else NarrowStyle(rng, style_share)
     plan = task.plan(style, believed, np.asarray(tool_3, np.float64))
-    return WaypointPolicy(plan, smooth_noise(rng, steps, rng.uniform(0.0, 0.04)))
+    return WaypointPolicy(plan, smooth_noise(rng, steps, rng.uniform(0.0, 0.04)), task.arm)

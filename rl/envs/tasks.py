@@ -1,4 +1,4 @@
-"""The ManiSkill3 table-top tasks: what is told to the policy, what is tracked, where we look from.
+"""The tasks of the simulators: what is told to the policy, what is tracked, where we look from.
 
 Cameras are ours: with the default ones a 4 cm cube is 4-6 pixels wide at 128x128, too few to
 judge an outcome from. docs/data.md says which tasks are left out and why.
@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CameraPreset:
-    """A fixed third-person camera; metres in the world frame (robot base at x = -0.615)."""
+    """A fixed third-person camera; metres in the world frame.
+
+    The robot's base is at x = -0.615 in ManiSkill; LIBERO has table tops at z = 0.9, floors at 0.
+    """
 
     name: str
     eye: tuple[float, float, float]
@@ -37,6 +40,7 @@ class TaskPreset:
     object_color: str = "blue"
     # Point of each object that is followed in the picture, in the object's own frame (metres).
     tracked_point: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    simulator: str = "maniskill"  # or "libero"
     # The square |x|, |y| (metres) around the origin that the first object is spawned in, or None
     # where that is wider than any belief: a belief outside would betray a perturbation.
     spawn_half_width: float | None = 0.1
@@ -45,6 +49,9 @@ class TaskPreset:
     # Farthest start (x in metres) from which the task can be done: beyond it the low hand comes to
     # where it has no inverse kinematics before the object is where it should be.
     solvable_x: float | None = None
+    # Farthest waypoint (x in metres) that is planned: beyond it a low, downward gripper of
+    # ManiSkill's has no inverse kinematics. None where the arm has no such limit.
+    reach_x: float | None = 0.145
     # Each episode in a scene of its own: what contacts leave behind in a used one shows in the
     # next episode where something is gripped, and a replay would not be the same to the last digit.
     fresh_scene: bool = False
@@ -123,7 +130,54 @@ _PRESETS = (
         fresh_scene=True,
     ),
 )  # fmt: skip
-TASKS: dict[str, TaskPreset] = {preset.env_id: preset for preset in _PRESETS}
+
+
+def _libero(
+    suite: str, number: int, name: str, camera: CameraPreset, objects: tuple[str, ...],
+    **differs: Any,
+) -> TaskPreset:  # fmt: skip
+    """A task of LIBERO by its suite and its number there; the suite's files are called ``name``."""
+    return TaskPreset(
+        f"{suite}-{number}", name.replace("_", " "), camera, objects, object_color="",
+        simulator="libero", spawn_half_width=None, reach_x=None, blocked=True,
+        horizon=120 if suite == "libero_goal" else 144, options={"suite": suite, "name": name},
+        **differs,
+    )  # fmt: skip
+
+
+# From the front, as LIBERO's own view, but nearer: the hand comes from behind what it moves.
+BASKET = CameraPreset("front_basket", (0.72, 0.05, 0.70), (-0.03, 0.05, 0.06), 0.74)
+TABLE = CameraPreset("front_table", (0.70, 0.08, 1.55), (-0.02, 0.08, 0.94), 0.50)
+
+_LIBERO = (
+    _libero(
+        "libero_object", 0, "pick_up_the_alphabet_soup_and_place_it_in_the_basket", BASKET,
+        ("alphabet_soup_1", "basket_1"),
+    ),
+    _libero(
+        "libero_object", 7, "pick_up_the_milk_and_place_it_in_the_basket", BASKET,
+        ("milk_1", "basket_1"),
+    ),
+    _libero(
+        "libero_goal", 6, "put_the_cream_cheese_in_the_bowl", TABLE,
+        ("cream_cheese_1", "akita_black_bowl_1"), goal="akita_black_bowl_1", goal_radius=0.03,
+    ),
+    _libero(
+        "libero_goal", 8, "put_the_bowl_on_the_plate", TABLE,
+        ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+    ),
+    _libero(
+        "libero_spatial", 0,
+        "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate",
+        TABLE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+    ),
+    _libero(
+        "libero_spatial", 2,
+        "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate",
+        TABLE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+    ),
+)  # fmt: skip
+TASKS: dict[str, TaskPreset] = {preset.env_id: preset for preset in (*_PRESETS, *_LIBERO)}
 
 
 def task_preset(env_id: str) -> TaskPreset:

@@ -25,7 +25,8 @@ from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import EpisodeDataset
 from worldloop.rl.collect import CollectConfig, Collector
-from worldloop.rl.envs.maniskill import ManiSkillEnv, task_preset
+from worldloop.rl.envs.simulators import Simulator
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.types import ActionSpec, ControllerFit, Starts
 
 
@@ -34,7 +35,7 @@ class Simulated:
     """A small real dataset and the simulator that it was collected with."""
 
     dataset: EpisodeDataset
-    env: ManiSkillEnv
+    env: Simulator
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from worldloop.errors import UserError
 from worldloop.outcome import load_actions_only
 from worldloop.rl import collect as module
 from worldloop.rl.collect import CollectConfig, Collector, collect, wanted_outcome
-from worldloop.rl.envs.maniskill import task_preset
+from worldloop.rl.envs.tasks import task_preset
 from worldloop.types import ActionSpec
 
 Array = npt.NDArray[np.float32]
@@ -90,7 +90,7 @@ class FlatWorld:
 
 @pytest.fixture
 def flat(monkeypatch: pytest.MonkeyPatch) -> type[FlatWorld]:
-    monkeypatch.setattr(module, "ManiSkillEnv", FlatWorld)
+    monkeypatch.setattr(module, "make_simulator", FlatWorld)
     FlatWorld.made = 0
     return FlatWorld
 

@@ -30,7 +30,7 @@ from worldloop.rl.demo import (
     derangement,
     find_classifier,
 )
-from worldloop.rl.envs.maniskill import TASKS
+from worldloop.rl.envs.tasks import TASKS
 from worldloop.rl.held_out import load_held_out
 from worldloop.rl.report import grpo_line, print_table, replaced_folder, shown, targets
 from worldloop.rl.starts import shipped_episodes

@@ -22,7 +22,7 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.metrics import wilson_interval
 from worldloop.rl import evaluate as module
-from worldloop.rl.envs.maniskill import ManiSkillVectorEnv
+from worldloop.rl.envs.simulators import SimulatorVectorEnv
 from worldloop.rl.envs.world import WorldVectorEnv
 from worldloop.rl.evaluate import EvaluateConfig, Evaluation, evaluate, evaluate_policy
 from worldloop.track import Progress
@@ -76,7 +76,7 @@ def test_the_simulator_whatever_the_rows(
     starts = [3_000_000 + i for i in range(11)]
     results, calls = [], []
     for num_envs in (1, 3):
-        env = ManiSkillVectorEnv(
+        env = SimulatorVectorEnv(
             "PushCube-v1", num_envs, image_size=32, horizon=HORIZON, action_spec=spec,
             simulator=point_sim,
         )  # fmt: skip
@@ -110,7 +110,7 @@ def test_progress_counts_episodes(
     point_sim: type[PointSim], drawing_policy: type[DrawingPolicy]
 ) -> None:
     spec, told = ActionSpec(chunk=8), io.StringIO()
-    env = ManiSkillVectorEnv(
+    env = SimulatorVectorEnv(
         "PushCube-v1", 2, image_size=32, horizon=HORIZON, action_spec=spec, simulator=point_sim
     )
     with Progress(5, "evaluate", unit="ep", stream=told) as progress:
@@ -180,10 +180,10 @@ def stand_ins(
 ) -> None:
     """The command with a policy that draws and a simulator without physics."""
 
-    def simulated(env_id: str, rows: int, **options: Any) -> ManiSkillVectorEnv:
-        return ManiSkillVectorEnv(env_id, rows, simulator=point_sim, **options)
+    def simulated(env_id: str, rows: int, **options: Any) -> SimulatorVectorEnv:
+        return SimulatorVectorEnv(env_id, rows, simulator=point_sim, **options)
 
-    monkeypatch.setattr(module, "ManiSkillVectorEnv", simulated)
+    monkeypatch.setattr(module, "SimulatorVectorEnv", simulated)
     monkeypatch.setattr(module, "load_policy", lambda config: drawing_policy(ActionSpec(), 0.4))
 
 
@@ -261,7 +261,7 @@ def test_recorded_actions_have_their_recorded_outcome(
     """From the same simulator seed; in two rows at a time, and over again."""
     episodes = [each for each in simulated(env_id).dataset.stream()]
     policy = ReplayPolicy(np.stack([episode.actions for episode in episodes]))
-    env = ManiSkillVectorEnv(env_id, 2)
+    env = SimulatorVectorEnv(env_id, 2)
     seeds = [episode.info["sim_seed"] for episode in episodes]
     obs, infos = env.reset(options={"starts": seeds})
     for row, episode in enumerate(episodes):

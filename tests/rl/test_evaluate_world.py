@@ -301,7 +301,7 @@ def test_without_a_simulator_the_reason_stands_there(home, tmp_path, monkeypatch
     def missing(*_, **__):
         raise UserError("ManiSkill is not importable; install it with `make setup-sim`")
 
-    monkeypatch.setattr("worldloop.rl.made_up.ManiSkillEnv", missing)
+    monkeypatch.setattr("worldloop.rl.made_up.make_simulator", missing)
     said: list[str] = []
     settings = config(home, tmp_path, novel=2, long=2, steps_count=0)
     made = Evaluation(settings, said.append).run("x")

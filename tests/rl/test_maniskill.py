@@ -16,13 +16,15 @@ import pytest
 from worldloop.engine.policy.scripted import SCRIPTS
 from worldloop.errors import UserError
 from worldloop.objects import locate_object
-from worldloop.rl.envs.maniskill import TASKS, ManiSkillEnv, _rotate, quat_to_rotvec, task_preset
+from worldloop.rl.envs.maniskill import ManiSkillEnv, _rotate
+from worldloop.rl.envs.simulators import quat_to_rotvec
+from worldloop.rl.envs.tasks import TASKS, task_preset
 
 if TYPE_CHECKING:
     from tests.rl.conftest import Simulated
 
 Pictures = npt.NDArray[np.uint8]
-ALL_TASKS = sorted(TASKS)
+ALL_TASKS = sorted(name for name, task in TASKS.items() if task.simulator == "maniskill")
 # Those that end with the object in full view.
 DETECTED = ["LiftPegUpright-v1", "PullCube-v1", "PushCube-v1", "StackCube-v1"]
 

@@ -18,7 +18,7 @@ from worldloop.engine.policy.scripts.common import (
 )
 from worldloop.rl.envs.tasks import TASKS as PRESETS
 
-TASKS = sorted(SCRIPTS)
+TASKS = sorted(name for name in SCRIPTS if PRESETS[name].simulator == "maniskill")
 HORIZON = 72
 HOME = np.array([0.0, 0.0, 0.17])
 Point = npt.NDArray[np.float64]

@@ -17,8 +17,8 @@ from gymnasium.vector.utils import batch_space
 
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
-from worldloop.rl.envs import maniskill
-from worldloop.rl.envs.maniskill import ManiSkillVectorEnv, reset_in_view
+from worldloop.rl.envs import tasks
+from worldloop.rl.envs.simulators import SimulatorVectorEnv, reset_in_view
 from worldloop.rl.envs.vector import ChunkVectorEnv
 from worldloop.rl.envs.world import WorldVectorEnv
 from worldloop.types import ActionSpec, Starts
@@ -43,7 +43,7 @@ def make(
         options = {"horizon": HORIZON, **options}
         if request.param == "world":
             return WorldVectorEnv(small_world, pool, num_envs, **options)
-        return ManiSkillVectorEnv(
+        return SimulatorVectorEnv(
             "PushCube-v1", num_envs, image_size=32, action_spec=ActionSpec(chunk=8),
             simulator=point_sim, **options,
         )  # fmt: skip
@@ -342,8 +342,8 @@ class TestWorld:
 
 
 class TestSimulator:
-    def env(self, sim: type[PointSim], num_envs: int = 1, **options: Any) -> ManiSkillVectorEnv:
-        return ManiSkillVectorEnv(
+    def env(self, sim: type[PointSim], num_envs: int = 1, **options: Any) -> SimulatorVectorEnv:
+        return SimulatorVectorEnv(
             "PushCube-v1", num_envs, image_size=32, simulator=sim,
             **{"action_spec": ActionSpec(chunk=8), "horizon": HORIZON, **options},
         )  # fmt: skip
@@ -410,8 +410,8 @@ class TestSimulator:
     def test_a_start_out_of_view_leads_to_another(
         self, point_sim: type[PointSim], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        task = dataclasses.replace(maniskill.TASKS["PushCube-v1"], in_view=(0.05, 0.1))
-        monkeypatch.setitem(maniskill.TASKS, "PushCube-v1", task)
+        task = dataclasses.replace(tasks.TASKS["PushCube-v1"], in_view=(0.05, 0.1))
+        monkeypatch.setitem(tasks.TASKS, "PushCube-v1", task)
         env = self.env(point_sim, 1)
         lines = []
         for seed in [*range(30), *range(30)]:

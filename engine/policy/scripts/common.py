@@ -11,8 +11,20 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-FULL_STEP = 0.1  # metres (and radians) that a command of 1 asks for
-REACHED = 0.4  # share of a command that the arm carries out within its own control step
+
+@dataclass(frozen=True)
+class Arm:
+    """What a script may count on of a simulator's arm and its delta controller."""
+
+    # Error that a command of 1 is the answer to, and what it moves once all has come to rest.
+    answered_m: float
+    moved_m: float
+    answered_rad: float
+    moved_rad: float  # negative where the arm turns the other way round
+
+
+# ManiSkill asks for 0.1 m; the arm carries out four tenths of it within its own control step.
+MANISKILL = Arm(0.1 * 0.4, 0.1 * 0.4, 0.1 * 0.4, -0.1 * 0.4)
 LOADED_SAG = 0.0008  # metres a step that the arm sinks under the peg (0.6 kg)
 
 
@@ -28,8 +40,9 @@ class Waypoint:
     hold: int = 0  # steps to stay once there
     timeout: int = 40
     # Where contact differs between outcomes, corrections would betray them: a blind stretch goes
-    # by where the commands so far should have brought the tool, not by where it is.
-    blind: bool = False
+    # by where the commands so far should have brought the tool, not by where it is; blind for its
+    # height alone where an arm drifts sideways unless it is corrected.
+    blind: bool | Literal["height"] = False
     sag: float = 0.0  # metres a step by which a blind hand expects its load to pull it down
     jitter: float = 1.0  # share of the hand's disturbance while on the way there
 
@@ -40,6 +53,7 @@ class WaypointPolicy:
 
     waypoints: list[Waypoint]
     jitter: Vector  # [T,6] smooth disturbance of the commands: the hand of this episode
+    arm: Arm = MANISKILL
     index: int = 0
     waited: int = 0
     steps: int = 0
@@ -47,10 +61,12 @@ class WaypointPolicy:
     _reckoned: tuple[Vector, Vector] | None = field(default=None, repr=False)
 
     def act(self, position: Vector, rotation: Vector) -> npt.NDArray[np.float32]:
-        """One ``pd_ee_delta_pose`` action [7] from the tool's position and rotation vector."""
+        """One delta-pose action [7] from the tool's position and rotation vector."""
         point = self.waypoints[self.index]
         seen = (np.asarray(position, np.float64), np.asarray(rotation, np.float64))
         position, rotation = self._reckoned if point.blind and self._reckoned else seen
+        if point.blind == "height":
+            position, rotation = np.array([*seen[0][:2], position[2]]), seen[1]
         error = point.position - position
         turn = np.asarray(point.rotation) - rotation
         arrived = np.linalg.norm(error) < point.tolerance and np.abs(turn).max() < 0.08
@@ -63,21 +79,20 @@ class WaypointPolicy:
             point = self.waypoints[self.index]
             error = point.position - position
             turn = np.asarray(point.rotation) - rotation
-        command = error / (FULL_STEP * REACHED)
+        command = error / self.arm.answered_m
         largest = np.abs(command).max()
         if largest > point.speed:
             command *= point.speed / largest
-        # The controller turns the other way round: a positive command lowers the angle.
-        twist = -np.clip(turn / (FULL_STEP * REACHED), -1, 1)
+        twist = np.sign(self.arm.moved_rad) * np.clip(turn / self.arm.answered_rad, -1, 1)
         action = np.concatenate([command, twist, [point.gripper]])
         action[:6] += point.jitter * self.jitter[self.steps % len(self.jitter)]
         action = np.clip(action, -1, 1)
         self.steps += 1
         drop = np.array([0.0, 0.0, point.sag])
-        response = FULL_STEP * REACHED
         self._reckoned = (
-            position + response * action[:3] - drop, rotation - response * action[3:6]
-        )  # fmt: skip
+            position + self.arm.moved_m * action[:3] - drop,
+            rotation + self.arm.moved_rad * action[3:6],
+        )
         return action.astype(np.float32)
 
 
@@ -157,6 +172,7 @@ class Script:
 
     plan: Callable[[Style, Vector, Vector], list[Waypoint]]  # style, objects [O,7], tool [3]
     perturb: Callable[[np.random.Generator, bool], Perturbation]  # generator, success wanted
+    arm: Arm = MANISKILL
 
 
 def yaw_of(quaternion_wxyz: Vector) -> float:
