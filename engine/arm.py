@@ -33,7 +33,7 @@ class ArmConfig:
 
     past: int = 4
     """Commands read: the present one and those before it."""
-    width: int = 128
+    width: int = 256
 
     def __post_init__(self) -> None:
         for name in ("past", "width"):

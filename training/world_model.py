@@ -109,7 +109,7 @@ class WorldModelTraining:
     """Recompute transformer blocks in the backward pass: less memory, a third more time."""
     fsdp: bool = False
     """Under torchrun: share weights, gradients and moments out over the processes (FSDP2)."""
-    arm_steps: int = 4000
+    arm_steps: int = 10_000
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
     sample_every: int = 500

@@ -83,11 +83,8 @@ class ManiSkillEnv:
                 max_episode_steps=100_000,
                 **self.task.options,
             )
-            self._env.reset(seed=0)
             self._sim = self._env.unwrapped
-            self._sensor = self._sim._sensors["base_camera"]
-            for marker in self._sim._hidden_objects:  # such as the goal of PickCube
-                marker.show_visual()
+            self.reset(0)
             self._has_gripper = self._env.action_space.shape[-1] == len(ActionSpec().names)
             self.render()
         except RuntimeError as error:
@@ -98,6 +95,10 @@ class ManiSkillEnv:
 
     def reset(self, seed: int) -> None:
         self._env.reset(seed=seed, options={"reconfigure": self.task.fresh_scene})
+        # Of this scene: a fresh one has a camera and markers of its own.
+        self._sensor = self._sim._sensors["base_camera"]
+        for marker in self._sim._hidden_objects:  # such as the goal of PickCube
+            marker.show_visual()
 
     def step(self, action: Array) -> bool:
         """Apply one ``pd_ee_delta_pose`` action [7] in [-1,1]; return the success flag.
