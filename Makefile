@@ -3,6 +3,7 @@
 #   make test        lint, types, tests, wheel install
 #   make test-vllm   the policy inside vLLM, in an environment of its own
 #   make setup-sim   the ManiSkill simulator with its software renderer
+#   make setup-libero  the LIBERO simulator and, from the hub, its scene assets
 #   make gpu         GPU tests and benchmarks, one folder: runs/gpu
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS=... goes to pytest.
 
@@ -12,7 +13,7 @@ ARGS   ?=
 VLLM   ?= .venv-vllm
 RUNS   ?= runs
 
-.PHONY: setup setup-sim setup-vllm demo test test-vllm lint typing gpu clean
+.PHONY: setup setup-sim setup-libero setup-vllm demo test test-vllm lint typing gpu clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -20,6 +21,9 @@ setup:
 
 setup-sim: setup
 	@VENV=$(VENV) scripts/setup_sim.sh
+
+setup-libero: setup
+	@VENV=$(VENV) scripts/setup_libero.sh
 
 setup-vllm:
 	@VENV_VLLM=$(VLLM) scripts/setup_vllm.sh

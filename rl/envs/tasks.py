@@ -134,14 +134,13 @@ _PRESETS = (
 
 def _libero(
     suite: str, number: int, name: str, camera: CameraPreset, objects: tuple[str, ...],
-    **differs: Any,
+    horizon: int = 144, **differs: Any,
 ) -> TaskPreset:  # fmt: skip
     """A task of LIBERO by its suite and its number there; the suite's files are called ``name``."""
     return TaskPreset(
         f"{suite}-{number}", name.replace("_", " "), camera, objects, object_color="",
         simulator="libero", spawn_half_width=None, reach_x=None, blocked=True,
-        horizon=120 if suite == "libero_goal" else 144, options={"suite": suite, "name": name},
-        **differs,
+        horizon=horizon, options={"suite": suite, "name": name}, **differs,
     )  # fmt: skip
 
 
@@ -152,19 +151,20 @@ TABLE = CameraPreset("front_table", (0.70, 0.08, 1.55), (-0.02, 0.08, 0.94), 0.5
 _LIBERO = (
     _libero(
         "libero_object", 0, "pick_up_the_alphabet_soup_and_place_it_in_the_basket", BASKET,
-        ("alphabet_soup_1", "basket_1"),
+        ("alphabet_soup_1", "basket_1"), horizon=168,
     ),
     _libero(
         "libero_object", 7, "pick_up_the_milk_and_place_it_in_the_basket", BASKET,
-        ("milk_1", "basket_1"),
+        ("milk_1", "basket_1"), horizon=168,
     ),
     _libero(
         "libero_goal", 6, "put_the_cream_cheese_in_the_bowl", TABLE,
-        ("cream_cheese_1", "akita_black_bowl_1"), goal="akita_black_bowl_1", goal_radius=0.03,
+        ("cream_cheese_1", "akita_black_bowl_1"), horizon=120, goal="akita_black_bowl_1",
+        goal_radius=0.03,
     ),
     _libero(
         "libero_goal", 8, "put_the_bowl_on_the_plate", TABLE,
-        ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+        ("akita_black_bowl_1", "plate_1"), horizon=120, goal="plate_1", goal_radius=0.03,
     ),
     _libero(
         "libero_spatial", 0,

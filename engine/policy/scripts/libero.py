@@ -81,7 +81,8 @@ class Misses:
 
     place: tuple[float, float, float]  # low, edge, high of the target's belief
     way: tuple[float, float]  # degrees from x to y in which it is off
-    grasp: tuple[float, float, float]  # likewise of the object's belief, to either side along y
+    grasp: tuple[float, float, float]  # likewise of the object's belief, along y
+    sides: tuple[float, ...] = (-1.0, 1.0)  # of y
 
 
 def _perturb(task: Misses) -> Callable[[np.random.Generator, bool], Perturbation]:
@@ -94,7 +95,7 @@ def _perturb(task: Misses) -> Callable[[np.random.Generator, bool], Perturbation
             offset = graded(rng, edge, low, high) * np.array([np.cos(angle), np.sin(angle)])
             return missed("place", [_nearby(rng), offset], near_below=edge)
         low, edge, high = task.grasp
-        side = rng.choice([-1.0, 1.0]) * graded(rng, edge, low, high)
+        side = rng.choice(task.sides) * graded(rng, edge, low, high)
         return missed("grasp", [[rng.uniform(-MARGIN, MARGIN), side], _nearby(rng)], edge)
 
     return perturb
@@ -107,12 +108,13 @@ def _script(task: PickPlace, misses: Misses) -> Script:
 # Not behind a basket or a bowl, where the camera would not show it; not out of the picture, nor of
 # the arm's reach (x = 0.12).
 BASKET = Misses((0.095, 0.13, 0.17), (-110.0, -45.0), (0.025, 0.035, 0.06))
-PLATE = Misses((0.04, 0.08, 0.13), (80.0, 280.0), (0.03, 0.045, 0.065))
+PLATE = Misses((0.04, 0.08, 0.13), (80.0, 280.0), (0.06, 0.075, 0.09), sides=(1.0,))
 BOWL = Misses((0.055, 0.085, 0.12), (-100.0, 100.0), (0.025, 0.035, 0.055))
-RIM = PickPlace((0.0, 0.043, 0.02), (-0.009, 0.032), 0.1, 0.065, closing=12)
+# As deep as the fingers come: a rim that is taken higher slips out.
+RIM = PickPlace((0.0, 0.046, 0.007), (-0.005, 0.038), 0.1, 0.055, closing=15)
 SCRIPTS = {
     "libero_object-0": _script(PickPlace((0.0, 0.0, 0.0), (0.0, 0.0), 0.17, 0.2), BASKET),
-    "libero_object-7": _script(PickPlace((0.0, 0.0, 0.01), (0.0, 0.0), 0.17, 0.2), BASKET),
+    "libero_object-7": _script(PickPlace((0.0, 0.0, 0.03), (0.0, 0.0), 0.21, 0.24), BASKET),
     "libero_goal-6": _script(PickPlace((0.0, 0.0, 0.0), (0.0, 0.0), 0.12, 0.1), BOWL),
     "libero_goal-8": _script(RIM, PLATE),
     "libero_spatial-0": _script(RIM, PLATE),
