@@ -146,7 +146,8 @@ def _libero(
 
 # From the front, as LIBERO's own view, but nearer: the hand comes from behind what it moves.
 BASKET = CameraPreset("front_basket", (0.72, 0.05, 0.70), (-0.03, 0.05, 0.06), 0.74)
-TABLE = CameraPreset("front_table", (0.70, 0.08, 1.55), (-0.02, 0.08, 0.94), 0.50)
+TABLE = CameraPreset("front_table", (0.70, 0.06, 1.55), (-0.02, 0.06, 0.94), 0.50)
+PLATE = CameraPreset("front_plate", (0.70, 0.13, 1.55), (-0.02, 0.13, 0.94), 0.50)
 
 _LIBERO = (
     _libero(
@@ -169,12 +170,12 @@ _LIBERO = (
     _libero(
         "libero_spatial", 0,
         "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate",
-        TABLE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+        PLATE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
     ),
     _libero(
         "libero_spatial", 2,
         "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate",
-        TABLE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
+        PLATE, ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
     ),
 )  # fmt: skip
 TASKS: dict[str, TaskPreset] = {preset.env_id: preset for preset in (*_PRESETS, *_LIBERO)}
