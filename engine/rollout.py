@@ -214,7 +214,9 @@ class _Run:
         n, clock = self.group_size, time.perf_counter()
         rows = [g * n + m for g in groups for m in range(n)]
         starts, seeds = self.starts.select(groups), [self.seeds[row] for row in rows]
-        state = self.engine.world.start(starts.frames, starts.poses, seeds[::n])
+        state = self.engine.world.start(
+            starts.frames, starts.poses, seeds[::n], starts.instructions
+        )
         state = state.fork(n, seeds)
         self.timer.add("start", clock)
         return _Cohort(rows, state, np.repeat(starts.frames, n, 0), 0)

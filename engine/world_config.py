@@ -109,6 +109,15 @@ class WorldModelConfig:
         if self.window < self.block:
             raise UserError(f"window is {self.window} latent frames; a chunk has {self.block}")
 
+    def success_rule(self, instruction: str = "") -> tuple[float, int]:
+        """(threshold, frames held) of the task with this instruction: its own where one has been
+        fitted, otherwise the model's.
+        """
+        for task in self.tasks:
+            if task.instruction == instruction and task.calibration is not None:
+                return task.calibration.threshold, task.calibration.held_frames
+        return self.reward_threshold, self.held_frames
+
     @property
     def block(self) -> int:
         """Latent frames of a chunk."""

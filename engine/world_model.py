@@ -156,14 +156,25 @@ class WorldModel(nn.Module):
 
     @_own_precision
     @torch.inference_mode()
-    def start(self, frames: Frames, poses: Float, seeds: Sequence[int]) -> WorldState:
+    def start(
+        self,
+        frames: Frames,
+        poses: Float,
+        seeds: Sequence[int],
+        instructions: Sequence[str] | None = None,
+    ) -> WorldState:
         """Encode and commit the first frames.
 
         frames: uint8 [B,1,1,H,W,3] (one view). poses: [B,A] end-effector state (metres, rotation
-        vector, gripper). seeds: world noise of each row. Raises UserError naming the argument.
+        vector, gripper). seeds: world noise of each row. instructions: of each row, by which a
+        task's own success rule is found; None: the model's rule for all. Raises UserError naming
+        the argument.
         """
         frames, poses = self._check_start(frames, poses, seeds)
         config, B = self.config, len(frames)
+        rules = [config.success_rule(text) for text in instructions or [""] * B]
+        if len(rules) != B:
+            raise UserError(f"instructions has {len(rules)} entries for {B} start frames")
         # A copy: frames may be a read-only memory map.
         pixels = torch.from_numpy(frames[:, 0].copy()).to(self.device).permute(0, 4, 1, 2, 3)
         latent, stream = self.autoencoder.encode(pixels.float() / 127.5 - 1)
@@ -190,6 +201,8 @@ class WorldModel(nn.Module):
             past_actions=np.zeros((B, 0, self.action_spec.dim), np.float32),
             high=np.zeros(B, np.int64),
             done=np.zeros(B, bool),
+            threshold=np.array([threshold for threshold, _ in rules], np.float32),
+            held_frames=np.array([held for _, held in rules], np.int64),
         )
 
     def _check_start(
@@ -269,7 +282,7 @@ class WorldModel(nn.Module):
         clock = time.perf_counter()
         reward = self.reward(latents).cpu().numpy().astype(np.float32)
         timer.add("reward", clock)
-        success, high = self._held(reward, state.high)
+        success, high = held_success(reward, state)
         done = state.done | success.any(1)
         chunk = Chunk(frames, reward, success, done, np.zeros(state.rows, bool))
         past = np.concatenate([state.past_actions, actions], 1)
@@ -371,17 +384,6 @@ class WorldModel(nn.Module):
             return None, after
         return _frames(to_uint8(pixels)), after
 
-    def _held(
-        self, reward: Float, high: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Success [B,T]: the reward has been above the threshold for ``held_frames`` frames."""
-        above = reward > self.config.reward_threshold
-        success = np.zeros_like(above)
-        for t in range(reward.shape[1]):
-            high = np.where(above[:, t], high + 1, 0)
-            success[:, t] = high >= self.config.held_frames
-        return success, high
-
     # ------------------------------------------------------------ checkpoints
 
     def save(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
@@ -441,6 +443,21 @@ def _frames(pixels_BTHW3: Tensor) -> Frames:
     """uint8 pixels on any device to Frames [B,T,1,H,W,3]: their only way to the host."""
     frames: Frames = pixels_BTHW3.unsqueeze(2).cpu().numpy()
     return frames
+
+
+def held_success(
+    reward_BT: Float, state: WorldState
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Success [B,T], rewards above a row's threshold for as long as its rule asks; and the number
+    of frames [B] that they have been so at the end.
+    """
+    high = state.high
+    above = reward_BT > state.threshold[:, None]
+    success = np.zeros_like(above)
+    for t in range(reward_BT.shape[1]):
+        high = np.where(above[:, t], high + 1, 0)
+        success[:, t] = high >= state.held_frames
+    return success, high
 
 
 def build_autoencoder(config: LightVAEConfig | WanVAEConfig) -> LightVAE | WanVAE:

@@ -46,6 +46,8 @@ class WorldState:
     past_actions: Actions  # [B,<=lag,A] the commands that the next pose depends on, too
     high: npt.NDArray[np.int64]  # [B] consecutive frames above the reward threshold at the end
     done: npt.NDArray[np.bool_]  # [B] a success was held
+    threshold: npt.NDArray[np.float32]  # [B] a reward above it, for so many frames, is a success
+    held_frames: npt.NDArray[np.int64]  # [B]
     cursor: int = 1
     chunk: int = 0
 
@@ -84,6 +86,8 @@ class WorldState:
             past_actions=self.past_actions[rows],
             high=self.high[rows],
             done=self.done[rows],
+            threshold=self.threshold[rows],
+            held_frames=self.held_frames[rows],
         )
 
     @staticmethod
@@ -110,6 +114,8 @@ class WorldState:
             past_actions=np.concatenate([state.past_actions for state in states]),
             high=np.concatenate([state.high for state in states]),
             done=np.concatenate([state.done for state in states]),
+            threshold=np.concatenate([state.threshold for state in states]),
+            held_frames=np.concatenate([state.held_frames for state in states]),
         )
 
     # ------------------------------------------------------------ on disk
@@ -117,7 +123,7 @@ class WorldState:
     def save(self, folder: PathLike) -> Path:
         """Write the state as one folder (safetensors and JSON); old or new, never a mixture."""
         tensors = {"last_latent": self.last_latent}
-        for name in ("poses", "past_actions", "high", "done"):
+        for name in ("poses", "past_actions", "high", "done", "threshold", "held_frames"):
             tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
         tensors |= {f"decoder.{i}": slot for i, slot in enumerate(self.decoder.decoder)}
         ring = self.ring
@@ -183,6 +189,8 @@ class WorldState:
                 past_actions=tensors["past_actions"].numpy(),
                 high=tensors["high"].numpy(),
                 done=tensors["done"].numpy(),
+                threshold=tensors["threshold"].numpy(),
+                held_frames=tensors["held_frames"].numpy(),
                 cursor=cursor,
                 chunk=int(facts["chunk"]),
             )

@@ -222,7 +222,7 @@ class Alarm:
             imagined=frames,
             true_reward=episode.reward[:T],
             reward=imagined.reward[i],
-            threshold=self.world.reward_threshold,
+            threshold=self.world.config.success_rule(episode.instruction)[0],
             success=success,
             reward_success=bool(imagined.success[i]),
             visual_success=None,
@@ -267,12 +267,13 @@ def head_verdict(judge: WorldModel, imagined: Rollout) -> Bool:
     """Success [B] of imagined frames as another world model's reward head sees them."""
     assert imagined.frames is not None
     out = []
-    for frames in imagined.frames[:, :, 0]:  # one episode in memory at a time
+    # One episode in memory at a time.
+    for frames, instruction in zip(imagined.frames[:, :, 0], imagined.instructions):
         pixels = torch.from_numpy(frames.copy()).to(judge.device).float() / 127.5 - 1
         latents, _ = judge.autoencoder.encode(pixels.permute(3, 0, 1, 2)[None])
         reward = judge.reward(latents[:, :, 1:])[0].cpu().numpy()
-        above = (reward > judge.reward_threshold).astype(np.float32)
-        out.append(held_success(above, judge.config.held_frames))
+        threshold, held = judge.config.success_rule(instruction)
+        out.append(held_success((reward > threshold).astype(np.float32), held))
     return np.array(out)
 
 

@@ -220,6 +220,7 @@ def measure(
         world, held_out, held_out.actions, config.steps, config.seed, "imagine"
     )
     comparison = compare_rollout(held_out.episodes, rollout, classifier, held_out.object_color)
+    threshold, _ = world.config.success_rule(held_out.episodes[0].instruction)
     assert rollout.frames is not None
     real = np.stack([episode.frames for episode in held_out.episodes])
     perceptual, no_lpips = lpips(real[:, 1:], rollout.frames[:, 1:, 0])
@@ -239,14 +240,14 @@ def measure(
         "rollout_seconds": seconds,
         "rollout_timings": rollout.timings,
         **speed,
-        "reward_threshold": world.reward_threshold,
+        "reward_threshold": threshold,
         "env_id": held_out.env_id,
         "threads": torch.get_num_threads(),
         "config": config_to_dict(config),
         "commit": git_commit(),
         "peak_memory_mb": peak_memory_mb(),
     }
-    pairs = pairs_of(held_out.episodes, rollout, comparison, world.reward_threshold)
+    pairs = pairs_of(held_out.episodes, rollout, comparison, threshold)
     return values, comparison, pairs
 
 

@@ -275,7 +275,7 @@ class Evaluation:
             dataset = novel_episodes(held_out, self.config.novel, folder, self.config.seed)
             novel = load_held_out(dataset.root, None, self.world)
             measured = self.measure(novel)
-            threshold = self.world.reward_threshold
+            threshold, _ = self.world.config.success_rule(held_out.episodes[0].instruction)
             noted = [replace(e, instruction=str(e.info["made_up"])) for e in novel.episodes]
             shown += pairs_of(noted, measured.rollout, measured.comparison, threshold)[:4]
             kinds = [str(episode.info["made_up"]) for episode in novel.episodes]

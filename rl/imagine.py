@@ -79,8 +79,9 @@ def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
             progress=progress,
         )
     save_rollout(rollout, config.out, real.fps)
-    held = world.config.held_frames
-    true = np.repeat([held_success(e.reward, held) for e in real.episodes], config.group_size)
+    rule = world.config.success_rule
+    succeeded = [held_success(e.reward, rule(e.instruction)[1]) for e in real.episodes]
+    true = np.repeat(succeeded, config.group_size)
     agreement = outcome_alignment(true, rollout.success)
     document = {
         **agreement.to_dict(),

@@ -137,7 +137,8 @@ class WorldRecorder:
         )
         assert rollout.frames is not None
         poses = world.poses(rollout.actions, start.poses)[0]
-        reward = (rollout.reward[0] > world.reward_threshold).astype(np.float32)
+        threshold, _ = world.config.success_rule(start.instructions[0])
+        reward = (rollout.reward[0] > threshold).astype(np.float32)
         return Episode(
             frames=rollout.frames[0, :, 0],
             actions=rollout.actions[0],

@@ -59,7 +59,7 @@ class WorldVectorEnv(ChunkVectorEnv):
 
     def _begin(self, rows: Sequence[int], starts: Ints, seeds: Sequence[int]) -> RowsBegun:
         pool = self.starts.select([int(start) for start in starts])
-        state = self.world.start(pool.frames, pool.poses, seeds)
+        state = self.world.start(pool.frames, pool.poses, seeds, pool.instructions)
         self._keep(set(range(self.num_envs)) - set(rows))
         if 0 in self._states:  # begun earlier, not stepped yet
             before, other = self._states[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldloop.engine import dit_layers
 from worldloop.engine.sampler import STREAMING_TIMES, derive_seed, noise_for, reference_sample
+from worldloop.engine.world_config import Calibration, TaskRecord
 from worldloop.engine.world_model import (
     WorldModel,
     WorldState,
@@ -343,6 +344,28 @@ def test_success_needs_consecutive_frames_also_across_chunks(small, monkeypatch)
     b, state = world.step(state, small.actions_of(2, 8))
     assert b.success[0].tolist() == [True] + [False] * 7
     assert b.terminated.tolist() == [True, False] == state.done.tolist()
+
+
+def test_a_task_is_judged_by_its_own_rule(small, monkeypatch, tmp_path):
+    tasks = (
+        TaskRecord("Push-v1", "push", Calibration(0.4, 2, 20, 0.9)),
+        TaskRecord("Pull-v1", "pull"),  # not calibrated
+    )
+    world = small.world_of(held_frames=4, reward_threshold=0.9, tasks=tasks)
+    assert world.config.success_rule("push") == (0.4, 2)
+    assert world.config.success_rule("pull") == world.config.success_rule() == (0.9, 4)
+    rewards = np.full((3, 8), 0.1, np.float32)
+    rewards[:, 5:8] = 0.5  # enough for "push" alone
+    monkeypatch.setattr(world.reward, "forward", lambda latents: torch.from_numpy(rewards))
+    frames, poses, actions = small.frames_of(3), small.poses_of(3), small.actions_of(3, 8)
+    state = world.start(frames, poses, (1, 2, 3), ["pull", "push", "lift"])
+    state = WorldState.load(state.save(tmp_path / "state"), world)
+    state = WorldState.join([state.select([1]), state.select([0, 2])])
+    chunk, _ = world.step(state, actions)
+    assert chunk.success.any(1).tolist() == [True, False, False]
+    assert chunk.success[0].tolist() == [False] * 6 + [True, True]
+    with pytest.raises(UserError, match="instructions has 2 entries for 3 start frames"):
+        world.start(frames, poses, (1, 2, 3), ["push", "push"])
 
 
 @pytest.mark.parametrize("taps", [1, 3, 12])  # 12: longer than a chunk
