@@ -1,7 +1,7 @@
 """Fit the arm: poses from commands, on recorded episodes (`worldloop.engine.arm`).
 
-`worldloop train world-model` does it first, in about five minutes on one core. Pieces of episodes are
-followed from their true first pose and compared along the whole piece, so that what adds up is
+`worldloop train world-model` does it first, in about five minutes on one core. Pieces of episodes
+are followed from their true first pose and compared along the whole piece, so that what adds up is
 what is trained. Episodes that the linear sum gets wrong, which are those with contact, are drawn
 more often.
 
