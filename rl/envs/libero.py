@@ -124,7 +124,7 @@ class LiberoEnv:
         from numpy.dtypes import Float64DType
 
         # The file is a pickled numpy array; nothing but what an array needs is let in.
-        allowed = [(_reconstruct, "numpy.core.multiarray._reconstruct"),
+        allowed: list[Any] = [(_reconstruct, "numpy.core.multiarray._reconstruct"),
                    (_reconstruct, "numpy._core.multiarray._reconstruct"),
                    np.ndarray, np.dtype, Float64DType]  # fmt: skip
         with torch.serialization.safe_globals(allowed):
@@ -188,7 +188,11 @@ class LiberoEnv:
         LIBERO's own gripper command is the other way round: -1 opens there.
         """
         command = np.asarray(action, np.float64) * [1, 1, 1, 1, 1, 1, -1]
-        return bool(self._env.step(command)[2])
+        success = bool(self._env.step(command)[2])
+        # MuJoCo leaves bodies where they were before the last of its own steps (2 ms); a state that
+        # is restored to be drawn has them where its joints say, and pictures are to be the same.
+        self._sim.forward()
+        return success
 
     def tcp(self) -> Double:
         """Tool centre point in the world: x y z and quaternion w x y z."""
