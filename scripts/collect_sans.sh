@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Episodes of every scripted task, then their cards and montages (docs/data.md).
 #   scripts/collect_sans.sh [EPISODES a task] [FOLDER]       safe to stop and start again
-# About 12 CPU seconds an episode on a software renderer: 16 of each task take 40 CPU minutes.
+# One to three CPU seconds an episode of 72 actions on a software renderer, more for longer ones.
 set -euo pipefail
 episodes=${1:-16}
 folder=${2:-runs/data}
