@@ -30,11 +30,11 @@ fi
 installed() {
   python -c 'import importlib.util as u, sys
 sys.exit(any(u.find_spec(name) is None for name in sys.argv[1:]))' \
-    libero robosuite bddl mujoco numba termcolor easydict future OpenGL cv2 IPython networkx yaml
+    libero robosuite bddl mujoco numba termcolor easydict future OpenGL scipy cv2 yaml
 }
 if ! installed; then
   say "installing LIBERO (about 300 MB)"
-  pip mujoco numba termcolor easydict future PyOpenGL scipy networkx ipython PyYAML
+  pip mujoco numba termcolor easydict future PyOpenGL scipy PyYAML
   python -c 'import cv2' 2>/dev/null || pip opencv-python-headless
   pip --no-deps hf-libero robosuite bddl
 fi
