@@ -155,8 +155,8 @@ _LIBERO = (
         ("alphabet_soup_1", "basket_1"), horizon=168,
     ),
     _libero(
-        "libero_object", 7, "pick_up_the_milk_and_place_it_in_the_basket", BASKET,
-        ("milk_1", "basket_1"), horizon=168,
+        "libero_object", 5, "pick_up_the_tomato_sauce_and_place_it_in_the_basket", BASKET,
+        ("tomato_sauce_1", "basket_1"), horizon=168,
     ),
     _libero(
         "libero_goal", 6, "put_the_cream_cheese_in_the_bowl", TABLE,
@@ -165,7 +165,7 @@ _LIBERO = (
     ),
     _libero(
         "libero_goal", 8, "put_the_bowl_on_the_plate", TABLE,
-        ("akita_black_bowl_1", "plate_1"), horizon=120, goal="plate_1", goal_radius=0.03,
+        ("akita_black_bowl_1", "plate_1"), goal="plate_1", goal_radius=0.03,
     ),
     _libero(
         "libero_spatial", 0,

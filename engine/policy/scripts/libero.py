@@ -37,6 +37,7 @@ class PickPlace:
     rise: float  # tool above the grasp while carrying
     release: float  # tool above the target's origin when the fingers open
     closing: int = 6  # steps until the fingers hold it; 11 from open to shut
+    carry: tuple[float, float] = (0.75, 1.0)  # speed with it in the hand, of a full command
 
 
 def _plan(task: PickPlace) -> Callable[[Style, Vector, Vector], list[Waypoint]]:
@@ -45,7 +46,7 @@ def _plan(task: PickPlace) -> Callable[[Style, Vector, Vector], list[Waypoint]]:
     def plan(rng: Style, objects: Vector, tool: Vector) -> list[Waypoint]:
         moved, target = objects[0, :3], objects[1, :3]
         grip = np.asarray(task.grasp)
-        approach, carry = rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)
+        approach, carry = rng.uniform(0.8, 1.0), rng.uniform(*task.carry)
         above, rise = rng.uniform(0.07, 0.10), task.rise + rng.uniform(0.0, 0.02)
         aside = np.array([rng.uniform(-0.14, -0.08), rng.uniform(-0.08, 0.0), 0.0])
         take = moved + grip
@@ -63,7 +64,8 @@ def _plan(task: PickPlace) -> Callable[[Style, Vector, Vector], list[Waypoint]]:
             Waypoint(up, carry, -1.0, timeout=25, tolerance=0.02),
             Waypoint(over, carry, -1.0, timeout=52, tolerance=0.01, hold=2),
             Waypoint(put, 0.6 * carry, -1.0, tolerance=0.008, timeout=22),
-            Waypoint(put, 0.2, 1.0, hold=4, timeout=7),
+            # Fingers first undo their squeeze; before they are open they take the object with them.
+            Waypoint(put, 0.2, 1.0, hold=14, timeout=15),
             Waypoint(back, carry, 1.0, timeout=14, tolerance=0.02),
             Waypoint(back + aside, carry, 1.0),
         ]
@@ -110,11 +112,13 @@ def _script(task: PickPlace, misses: Misses) -> Script:
 BASKET = Misses((0.095, 0.13, 0.17), (-110.0, -45.0), (0.025, 0.035, 0.06))
 PLATE = Misses((0.04, 0.08, 0.13), (80.0, 280.0), (0.06, 0.075, 0.09), sides=(1.0,))
 BOWL = Misses((0.055, 0.085, 0.12), (-100.0, 100.0), (0.025, 0.035, 0.055))
-# As deep as the fingers come: a rim that is taken higher slips out.
-RIM = PickPlace((0.0, 0.046, 0.007), (-0.005, 0.038), 0.1, 0.055, closing=15)
+# As deep as the fingers come, and slowly: otherwise the rim slips out.
+RIM = PickPlace((0.0, 0.046, 0.007), (-0.005, 0.038), 0.1, 0.055, closing=15, carry=(0.55, 0.75))
 SCRIPTS = {
     "libero_object-0": _script(PickPlace((0.0, 0.0, 0.0), (0.0, 0.0), 0.17, 0.2), BASKET),
-    "libero_object-7": _script(PickPlace((0.0, 0.0, 0.03), (0.0, 0.0), 0.21, 0.24), BASKET),
+    "libero_object-5": _script(
+        PickPlace((0.0, 0.0, -0.005), (0.0, 0.0), 0.175, 0.2, closing=10), BASKET
+    ),
     "libero_goal-6": _script(PickPlace((0.0, 0.0, 0.0), (0.0, 0.0), 0.12, 0.1), BOWL),
     "libero_goal-8": _script(RIM, PLATE),
     "libero_spatial-0": _script(RIM, PLATE),
