@@ -6,7 +6,7 @@ Heights and offsets are from the objects' own origins; the fingers close along t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,10 +108,10 @@ def _script(task: PickPlace, misses: Misses) -> Script:
 
 
 # Not behind a basket or a bowl, where the camera would not show it; not out of the picture, nor of
-# the arm's reach (x = 0.12).
+# the arm's reach (x = 0.12), nor in `goal` to where the cabinet stops the hand (y = -0.03).
 BASKET = Misses((0.095, 0.13, 0.17), (-110.0, -45.0), (0.025, 0.035, 0.06))
 PLATE = Misses((0.04, 0.08, 0.13), (80.0, 280.0), (0.06, 0.075, 0.09), sides=(1.0,))
-BOWL = Misses((0.055, 0.085, 0.12), (-100.0, 100.0), (0.025, 0.035, 0.055))
+BOWL = Misses((0.055, 0.085, 0.12), (0.0, 100.0), (0.025, 0.035, 0.055))
 # As deep as the fingers come, and slowly: otherwise the rim slips out.
 RIM = PickPlace((0.0, 0.046, 0.007), (-0.005, 0.038), 0.1, 0.055, closing=15, carry=(0.55, 0.75))
 SCRIPTS = {
@@ -120,7 +120,7 @@ SCRIPTS = {
         PickPlace((0.0, 0.0, -0.005), (0.0, 0.0), 0.175, 0.2, closing=10), BASKET
     ),
     "libero_goal-6": _script(PickPlace((0.0, 0.0, 0.0), (0.0, 0.0), 0.12, 0.1), BOWL),
-    "libero_goal-8": _script(RIM, PLATE),
+    "libero_goal-8": _script(RIM, replace(PLATE, way=(80.0, 190.0))),
     "libero_spatial-0": _script(RIM, PLATE),
     "libero_spatial-2": _script(RIM, PLATE),
 }
