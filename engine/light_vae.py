@@ -19,13 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldloop.checkpoint import load_checkpoint, load_into
+from worldloop.config import config_from_dict, read_json
 from worldloop.engine.vae import Only, Stream
 from worldloop.errors import UserError
+from worldloop.files import PathLike
 
 
 @dataclass(frozen=True)
@@ -243,3 +247,20 @@ class LightVAE(nn.Module):
             )
         if height % self.spatial or width % self.spatial:
             raise UserError(f"frames are {height}x{width}; sides must be multiples of 8")
+
+
+def load_autoencoder(folder: PathLike) -> LightVAE:
+    """A checkpoint folder of `worldloop train autoencoder`, or the one inside a world model's.
+
+    Raises UserError naming the folder.
+    """
+    whole = read_json(Path(folder) / "config.json").get("kind") == "world_model"
+    checkpoint = load_checkpoint(folder, kind="world_model" if whole else "light_vae")
+    values = checkpoint.config["autoencoder"] if whole else checkpoint.config
+    config = config_from_dict(LightVAEConfig, values, str(folder))
+    part = "autoencoder" if whole else "model"
+    if part not in checkpoint.parts:
+        raise UserError(f"{folder}: has no 'model' weights; it is not a whole autoencoder")
+    model = LightVAE(config)
+    load_into(model, checkpoint.parts[part], str(folder))
+    return model.eval()

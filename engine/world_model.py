@@ -34,7 +34,7 @@ from worldloop.checkpoint import (
     resolve_pretrained,
     save_checkpoint,
 )
-from worldloop.config import config_from_dict, config_to_dict, read_json
+from worldloop.config import config_from_dict, config_to_dict
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.kv_cache import KVRing
@@ -58,7 +58,7 @@ from worldloop.types import ActionSpec, Chunk, Frames
 
 __all__ = [
     "PRESETS", "Decode", "Steps", "Timer", "WorldModel", "WorldModelConfig", "WorldState",
-    "build_autoencoder", "load_autoencoder",
+    "build_autoencoder",
 ]  # fmt: skip
 
 Decode = Literal["all", "policy", "none"]
@@ -282,7 +282,7 @@ class WorldModel(nn.Module):
         clock = time.perf_counter()
         reward = self.reward(latents).cpu().numpy().astype(np.float32)
         timer.add("reward", clock)
-        success, high = held_success(reward, state)
+        success, high = state.judge(reward)
         done = state.done | success.any(1)
         chunk = Chunk(frames, reward, success, done, np.zeros(state.rows, bool))
         past = np.concatenate([state.past_actions, actions], 1)
@@ -445,38 +445,6 @@ def _frames(pixels_BTHW3: Tensor) -> Frames:
     return frames
 
 
-def held_success(
-    reward_BT: Float, state: WorldState
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Success [B,T], rewards above a row's threshold for as long as its rule asks; and the number
-    of frames [B] that they have been so at the end.
-    """
-    high = state.high
-    above = reward_BT > state.threshold[:, None]
-    success = np.zeros_like(above)
-    for t in range(reward_BT.shape[1]):
-        high = np.where(above[:, t], high + 1, 0)
-        success[:, t] = high >= state.held_frames
-    return success, high
-
-
 def build_autoencoder(config: LightVAEConfig | WanVAEConfig) -> LightVAE | WanVAE:
     """The autoencoder of a config, with random weights."""
     return LightVAE(config) if isinstance(config, LightVAEConfig) else WanVAE(config)
-
-
-def load_autoencoder(folder: PathLike) -> LightVAE:
-    """A checkpoint folder of `worldloop train autoencoder`, or the one inside a world model's.
-
-    Raises UserError naming the folder.
-    """
-    whole = read_json(Path(folder) / "config.json").get("kind") == "world_model"
-    checkpoint = load_checkpoint(folder, kind="world_model" if whole else "light_vae")
-    values = checkpoint.config["autoencoder"] if whole else checkpoint.config
-    config = config_from_dict(LightVAEConfig, values, str(folder))
-    part = "autoencoder" if whole else "model"
-    if part not in checkpoint.parts:
-        raise UserError(f"{folder}: has no 'model' weights; it is not a whole autoencoder")
-    model = LightVAE(config)
-    load_into(model, checkpoint.parts[part], str(folder))
-    return model.eval()

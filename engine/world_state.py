@@ -118,6 +118,20 @@ class WorldState:
             held_frames=np.concatenate([state.held_frames for state in states]),
         )
 
+    def judge(
+        self, reward_BT: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Success [B,T]: rewards above a row's threshold for as long as its rule asks; and for how
+        many frames [B] they have been so at the end.
+        """
+        high = self.high
+        above = reward_BT > self.threshold[:, None]
+        success = np.zeros_like(above)
+        for t in range(reward_BT.shape[1]):
+            high = np.where(above[:, t], high + 1, 0)
+            success[:, t] = high >= self.held_frames
+        return success, high
+
     # ------------------------------------------------------------ on disk
 
     def save(self, folder: PathLike) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from worldloop.engine.world_model import WorldModel, load_autoencoder
+from worldloop.engine.light_vae import load_autoencoder
+from worldloop.engine.world_model import WorldModel
 
 source, name, *tuned_run = sys.argv[1:]
 world = WorldModel.from_pretrained(Path(source))

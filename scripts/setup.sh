@@ -4,28 +4,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 
-say() { echo "setup: $*"; }
-die() { echo "setup: error: $*" >&2; exit 1; }
+title=setup
+. scripts/common.sh
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # Ready?  The stamp holds what the environment was made from, and where.
-want=$( { cat setup.py constraints.txt scripts/setup.sh; pwd; } | sha256sum | cut -d' ' -f1)
+want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup.sh; pwd; } | sha256sum | cut -d' ' -f1)
 if [ -x "$VENV/bin/worldloop" ] && [ "$(cat "$VENV/.worldloop" 2>/dev/null)" = "$want" ]; then
   exit 0
 fi
-
-apt_install() {
-  command -v apt-get >/dev/null || die "$* missing and no apt-get here; install it by hand"
-  local root=""
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || die "$* missing: run 'apt-get install $*' as root, then again"
-    root="sudo"
-  fi
-  say "installing $*"
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq update
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" >/dev/null
-}
 
 if [ ! -x "$VENV/bin/python" ]; then
   python=""

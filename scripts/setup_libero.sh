@@ -5,24 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 
-say() { echo "setup-libero: $*"; }
-die() { echo "setup-libero: error: $*" >&2; exit 1; }
+title=setup-libero
+. scripts/common.sh
 python() { "$VENV/bin/python" "$@"; }
 pip() { python -m pip --disable-pip-version-check install -q -c constraints.txt "$@"; }
 has() { ldconfig -p | grep -q "$1"; }
 
 if ! { has libEGL.so.1 && has libGL.so.1 && has libEGL_mesa; }; then
-  packages=(libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri)
-  command -v apt-get >/dev/null ||
-    die "libEGL or Mesa is missing and there is no apt-get here; install ${packages[*]} by hand"
-  root=""
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || die "run 'apt-get install ${packages[*]}' as root, then again"
-    root="sudo"
-  fi
-  say "installing ${packages[*]}"
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq update
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "${packages[@]}" >/dev/null
+  apt_install libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri
 fi
 
 # hf-libero also asks for what its own training code needs (torchvision of another torch, wandb,

@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 
-say() { echo "setup-sim: $*"; }
-die() { echo "setup-sim: error: $*" >&2; exit 1; }
+title=setup-sim
+. scripts/common.sh
 version_of() { dpkg-query -W -f '${Version}' "$1" 2>/dev/null || true; }
 # The renderer needs descriptor indexing; lavapipe of Mesa 22.3 (Debian 12) lacks it.
 mesa_is_new() { dpkg --compare-versions "$(version_of mesa-vulkan-drivers)" ge 23; }

@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 VENV=${VENV_VLLM:-.venv-vllm}
 RELEASE=vllm==0.32.0
 
-say() { echo "setup-vllm: $*"; }
-die() { echo "setup-vllm: error: $*" >&2; exit 1; }
+title=setup-vllm
+. scripts/common.sh
 
 wheel=${VLLM_WHEEL:-}
 if [ -z "$wheel" ] && ! nvidia-smi -L >/dev/null 2>&1; then
@@ -18,23 +18,11 @@ CPUs, VLLM_WHEEL=path"
 fi
 [ -z "$wheel" ] || [ -f "$wheel" ] || die "VLLM_WHEEL: $wheel: no such file"
 
-want=$( { cat setup.py constraints.txt scripts/setup_vllm.sh; echo "${wheel:-$RELEASE}"; pwd; } |
+want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup_vllm.sh; echo "${wheel:-$RELEASE}"; pwd; } |
   sha256sum | cut -d' ' -f1)
 if [ -x "$VENV/bin/pytest" ] && [ "$(cat "$VENV/.worldloop" 2>/dev/null)" = "$want" ]; then
   exit 0
 fi
-
-apt_install() {
-  command -v apt-get >/dev/null || die "$* missing and no apt-get here; install it by hand"
-  local root=""
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || die "$* missing: run 'apt-get install $*' as root, then again"
-    root="sudo"
-  fi
-  say "installing $*"
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq update
-  $root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" >/dev/null
-}
 
 # The interpreter that the wheel was built for, or any that worldloop takes.
 fits() {

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from worldloop.checkpoint import save_checkpoint
 from worldloop.config import config_to_dict
-from worldloop.engine.light_vae import PRESETS, LightVAE
-from worldloop.engine.world_model import load_autoencoder
+from worldloop.engine.light_vae import PRESETS, LightVAE, load_autoencoder
 from worldloop.errors import UserError
 from worldloop.track import Run
 from worldloop.training.common import (

@@ -25,9 +25,8 @@ from worldloop.checkpoint import file_sha256
 from worldloop.config import read_json
 from worldloop.engine.arm import Arm
 from worldloop.engine.formats.wan import from_diffusers_vae, load_wan_vae
-from worldloop.engine.light_vae import LightVAE
+from worldloop.engine.light_vae import LightVAE, load_autoencoder
 from worldloop.engine.vae import WanVAE
-from worldloop.engine.world_model import load_autoencoder
 from worldloop.training.common import autocast
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,35 +27,10 @@ from worldloop.training.common import Workers
 from worldloop.training.data import EpisodeArrays, pool_paths
 from worldloop.types import ActionSpec
 
+if TYPE_CHECKING:
+    from worldloop.training.world_model import WorldModelTraining
+
 STEEPEST = 4.0  # most by which a pose's weights grow where its unit does
-
-
-class Starting(Protocol):
-    """What is read here of `WorldModelTraining`."""
-
-    @property
-    def preset(self) -> str: ...
-
-    @property
-    def width(self) -> int | None: ...
-
-    @property
-    def depth(self) -> int | None: ...
-
-    @property
-    def init(self) -> Path | None: ...
-
-    @property
-    def out(self) -> Path: ...
-
-    @property
-    def arm_steps(self) -> int: ...
-
-    @property
-    def held_out(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
 
 
 def load_published(dit: DiT, path: Path) -> None:
@@ -88,7 +63,7 @@ def load_start(folder: Path) -> tuple[WorldModelConfig, dict[str, dict[str, Tens
 
 
 def dit_sizes(
-    config: Starting,
+    config: WorldModelTraining,
     data: EpisodeArrays,
     latent_CHW: tuple[int, ...],
     base: WorldModelConfig | None,
@@ -148,7 +123,7 @@ def keep_statistics(dit: dict[str, Tensor], base: ActionSpec, data: ActionSpec) 
 
 
 def arm_of(
-    config: Starting,
+    config: WorldModelTraining,
     parts: Sequence[EpisodeArrays],
     base: WorldModelConfig | None,
     start: dict[str, dict[str, Tensor]] | None,

@@ -15,7 +15,7 @@ from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.formats.cosmos import save_cosmos
 from worldloop.engine.formats.diffusers import config_to_diffusers, to_diffusers
 from worldloop.engine.formats.wan import save_diffusers_vae, save_wan_vae
-from worldloop.engine.light_vae import LightVAEConfig
+from worldloop.engine.light_vae import LightVAEConfig, load_autoencoder
 from worldloop.engine.vae import PRESETS as WAN_PRESETS
 from worldloop.engine.vae import WanVAE, WanVAEConfig
 from worldloop.engine.world_config import preset as preset_of
@@ -24,7 +24,6 @@ from worldloop.engine.world_model import (
     PRESETS,
     WorldModel,
     WorldModelConfig,
-    load_autoencoder,
 )
 from worldloop.errors import UserError
 from worldloop.types import ActionSpec

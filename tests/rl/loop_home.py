@@ -25,7 +25,7 @@ from worldloop.engine.policy.vision import DINOV2_TINY, SIGLIP_TINY
 from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
 from worldloop.engine.reward import RewardConfig
 from worldloop.engine.sampler import derive_seed
-from worldloop.engine.world_model import WorldModel, WorldModelConfig, WorldState, held_success
+from worldloop.engine.world_model import WorldModel, WorldModelConfig, WorldState
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.rl.alarm import AlarmConfig
@@ -156,7 +156,7 @@ class PointWorld(WorldModel):
         if self.exploitable:
             paid |= poses[..., 2] < SUNK
         reward = paid.astype(np.float32)
-        success, high = held_success(reward, state)
+        success, high = state.judge(reward)
         chunk = dataclasses.replace(chunk, reward=reward, success=success)
         done = state.done | success.any(1)
         return chunk, dataclasses.replace(after, high=high, done=done)

@@ -15,10 +15,11 @@ from torch import nn
 from worldloop.checkpoint import load_tensors, load_training_state, save_checkpoint
 from worldloop.cli import main as worldloop
 from worldloop.engine.dit import DiT
+from worldloop.engine.light_vae import load_autoencoder
 from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.sampler import derive_seed, noise_for
 from worldloop.engine.world_config import TaskRecord
-from worldloop.engine.world_model import WorldModel, load_autoencoder
+from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.training import autoencoder as ae
