@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -297,14 +297,17 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(RoundConfig):
     """Run the closed loop; run it again to resume."""
 
-    out: Path
+    out: Path = Path("runs/loop")
     rounds: int = 2
     accept_changes: bool = False
     """Go on with other settings or other code than the ledger's records were made with."""
-    round: tyro.conf.OmitArgPrefixes[RoundConfig] = field(default_factory=RoundConfig)
+
+    @property
+    def round(self) -> RoundConfig:
+        return RoundConfig(**_values(self))
 
 
 @dataclass(frozen=True)
@@ -350,7 +353,11 @@ def status_main(argv: list[str]) -> int:
     return 0
 
 
+def _values(config: RoundConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(RoundConfig)}
+
+
 PRESETS_OF_LOOPS = {
-    name: (text, LoopConfig(Path(f"runs/loop-{name}"), round=rounds))
-    for name, (text, rounds) in PRESETS.items()
+    name: (text, LoopConfig(**_values(config), out=Path(f"runs/loop-{name}")))
+    for name, (text, config) in PRESETS.items()
 }
