@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -131,6 +132,24 @@ def test_every_verb_has_its_function(verb: str) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert function in names, f"{file} has no {function}()"
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(cli.main([*words, "--help"]))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "version"])
+def test_every_verb_and_each_of_its_presets_can_be_asked(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = verb.split()
+    usage = help_of(words, capsys).split("\n\n")[0]
+    presets = re.search(r"\{(\w+(?:,\w+)*)\}$", usage)
+    for preset in presets[1].split(",") if presets else ():
+        assert "--" in help_of([*words, preset], capsys)
 
 
 @dataclasses.dataclass(frozen=True)
