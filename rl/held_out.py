@@ -89,12 +89,12 @@ class HeldOut:
         return self.pick(sorted(ends[0][:each] + ends[1][:each]))
 
 
-def load_held_out(folder: Path, count: int | None, world: WorldModel) -> HeldOut:
-    """Read episodes that fit the world model; raises UserError naming what does not."""
+def load_held_out(folder: Path, count: int | None, world: WorldModel, least: int = 2) -> HeldOut:
+    """Read episodes, ``least`` or more, that fit the world model; UserError names what does not."""
     dataset = EpisodeDataset(folder)
     number = len(dataset) if count is None else min(count, len(dataset))
-    if number < 2:
-        raise UserError(f"{folder}: holds {len(dataset)} episodes; at least 2 are needed")
+    if number < least:
+        raise UserError(f"{folder}: holds {len(dataset)} episodes; at least {least} are needed")
     world.action_spec.require_same(dataset.meta.action_spec, "the world model", str(folder))
     episodes = [dataset.read(i) for i in range(number)]
     lengths = {len(episode.actions) for episode in episodes}

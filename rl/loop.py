@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +354,7 @@ def status_main(argv: list[str]) -> int:
 
 
 def _values(config: RoundConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(RoundConfig)}
+    return {each.name: getattr(config, each.name) for each in fields(RoundConfig)}
 
 
 PRESETS_OF_LOOPS = {

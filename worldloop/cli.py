@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "grpo-report": ("worldloop.rl.grpo_report:main", "true success before and after GRPO"),
     "loop": ("worldloop.rl.loop:main", "world model and policy improve each other, in rounds"),
     "loop status": ("worldloop.rl.loop:status_main", "show the rounds of a loop"),
+    "loop report": ("worldloop.rl.loop_results:main", "true success by round, of several loops"),
     "rollout": ("worldloop.rl.imagine:main", "imagine episodes with a world model"),
     "evaluate policy": ("worldloop.rl.evaluate:main", "measure how often a policy succeeds"),
     "evaluate world-model": (

@@ -34,6 +34,7 @@ from worldloop.rl import loop as loop_module
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.jobs import run_job
 from worldloop.rl.loop import STAGES, Loop, main
+from worldloop.rl.loop_results import main as report
 from worldloop.rl.round_config import PRESETS, RoundConfig
 from worldloop.rl.stages import Waiting, collect, decide
 from worldloop.rl.true_env import TrueEnv
@@ -121,6 +122,29 @@ def test_the_facade_and_presets():
     assert worldloop.Loop is Loop and worldloop.RoundConfig is RoundConfig
     for _, config in PRESETS.values():
         assert config.grpo.alarm.every > 0 and config.true.env == "PushCube-v1"
+
+
+def test_loops_are_reported_together(finished, tmp_path, capsys):
+    home, config = finished
+    to = ["--out", "loop.json", "--figure", "loop.png", "--sheet", "loop.jpg"]
+    to[1::2] = [str(tmp_path / name) for name in to[1::2]]
+    assert report(["--loops", str(home / "loop"), "--rounds", "1", *to]) == 0
+    document = json.loads((tmp_path / "loop.json").read_text())
+    facts = {r: Ledger(home / "loop").find(r, "evaluate").facts for r in (0, 1)}
+    found = document["tasks"]["world"]
+    for name, r in (("base", 0), ("round1", 1)):
+        assert found["seeds"][0][name]["success"] == facts[r]["success"]
+        assert found["pooled"][name]["ci95"] == facts[r]["ci95"]
+    gain = 100 * (facts[1]["success"] - facts[0]["success"])
+    assert document["mean_gain_points"]["round1"] == pytest.approx(gain)
+    assert document["frames"]["imagined"] > 0 and document["hours"] > 0
+    for again in found["fooled_round1"]:
+        assert set(again["imagined_success"]) == {"pretrained", "round1"}
+        assert max(again["imagined_success"].values()) <= again["episodes"]
+    assert (tmp_path / "loop.png").stat().st_size > 1000
+    assert "| world | all |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="round 2 is not evaluated yet"):
+        report(["--loops", str(home / "loop"), *to])
 
 
 # ---------------------------------------------------------------- resuming

@@ -1,0 +1,275 @@
+"""`worldloop loop report`: true success by round over tasks and seeds, and what it took.
+
+Reads finished loops, one folder a task and seed, and writes loop.json, the curve of true success,
+and a sheet of episodes that fooled the world model of round 1, as the last round's imagines them
+(the paper's section 4.3 and Figure 3: base, round 1, round 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from worldloop.cli import parse_config
+from worldloop.engine.world_model import WorldModel
+from worldloop.errors import UserError
+from worldloop.files import atomic_path, atomic_write_text
+from worldloop.metrics import psnr, wilson_interval
+from worldloop.rl.held_out import HeldOut, imagine, load_held_out
+from worldloop.rl.imagine import held_success
+from worldloop.rl.loop import Loop
+from worldloop.rl.pictures import Pair, contact_sheet
+from worldloop.track import git_commit
+from worldloop.types import Rollout
+
+
+@dataclass(frozen=True)
+class LoopReportConfig:
+    """Put finished loops together: true success by round, cost, what fooled round 1."""
+
+    loops: tuple[Path, ...]
+    """Output folders of `worldloop loop`, one a task and seed."""
+    rounds: int = 2
+    """The last round that is reported."""
+    out: Path = Path("docs/results/loop.json")
+    figure: Path = Path("docs/img/loop-success.png")
+    sheet: Path = Path("docs/img/loop-fooled.jpg")
+    pictures: int = 4
+    """Most episodes on the sheet."""
+    threads: int = 1
+    command: str = ""
+    """The commands that made the loops, for the record."""
+
+
+# ---------------------------------------------------------------- success and cost
+
+
+def success_by_round(loop: Loop, rounds: int) -> dict[str, Any]:
+    """One loop's row of loop.json. Raises UserError where a round is not finished."""
+    found: dict[str, Any] = {"seed": loop.config.seed}
+    for r in range(rounds + 1):
+        record = loop.ledger.find(r, "evaluate")
+        if record is None:
+            raise UserError(f"{loop.folder}: round {r} is not evaluated yet; run the loop again")
+        facts = record.facts
+        name = f"round{r}" if r else "base"
+        found[name] = {key: facts[key] for key in ("success", "ci95", "successes", "episodes")}
+        decision, improve = loop.ledger.find(r, "decide"), loop.ledger.find(r, "improve")
+        if decision is not None:
+            found[name]["accepted"] = decision.facts["accepted"]
+        if improve is not None:
+            found[name]["steps"] = improve.facts["steps"]
+            found[name]["stopped_by_alarm"] = improve.facts["stopped_by_alarm"]
+            found[name]["alarm"] = improve.facts["alarm"]
+    return found
+
+
+def cost(loops: Sequence[Loop], rounds: int) -> dict[str, Any]:
+    """Frames, true and imagined, and process-hours by stage, of all loops together."""
+    hours: dict[str, float] = defaultdict(float)
+    true: dict[str, int] = defaultdict(int)
+    imagined = 0
+    for loop in loops:
+        for record in loop.ledger.records:
+            if record.round <= rounds:
+                hours[record.stage] += record.made["seconds"] / 3600
+                true[record.stage] += record.facts.get("true_frames", 0)
+                imagined += record.facts.get("imagined_frames", 0)
+    return {
+        "frames": {
+            "imagined": imagined, "true_collected": true["collect"],
+            "true_alarm": true["improve"], "true_evaluated": true["evaluate"],
+        },
+        "hours": sum(hours.values()), "hours_by_stage": dict(hours),
+    }  # fmt: skip
+
+
+def pooled(seeds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """All seeds of a task as one proportion; their start states are the same."""
+    successes, count = (sum(seed[name][k] for seed in seeds) for k in ("successes", "episodes"))
+    return {"success": successes / count, "ci95": list(wilson_interval(successes, count))}
+
+
+# ---------------------------------------------------------------- what fooled round 1
+
+
+def fooling(loop: Loop, world: WorldModel) -> HeldOut | None:
+    """Episodes of round 1's alarm that were imagined as successes and failed in truth."""
+    record, held = loop.ledger.find(1, "improve"), loop.config.true.held_frames
+    assert record is not None
+    found: HeldOut | None = None
+    for name in sorted(n for n in record.outputs if n.startswith("fooled-")):
+        folder = loop.ledger.output(1, "improve", name)
+        each = load_held_out(folder, None, world, least=1)
+        each = each.first(len(each.episodes), loop.config.grpo.horizon)
+        rows = [i for i, e in enumerate(each.episodes)
+                if e.info["imagined_success"] and not held_success(e.reward, held)]  # fmt: skip
+        episodes = [*(found.episodes if found else []), *each.pick(rows).episodes]
+        found = dataclasses.replace(each, episodes=episodes)
+    return found if found and found.episodes else None
+
+
+def worlds_of(loop: Loop, rounds: int) -> dict[str, Path]:
+    """The pretrained world model and those of the rounds."""
+    return {
+        "pretrained": loop.inputs("pretrained world", 1)[0],
+        **{f"round{r}": loop.ledger.output(r, "fine-tune", "world") for r in range(1, rounds + 1)},
+    }
+
+
+def reimagine(loop: Loop, rounds: int) -> tuple[HeldOut | None, dict[str, Rollout]]:
+    """The episodes that fooled round 1, imagined once more by each world model of the loop."""
+    rollouts: dict[str, Rollout] = {}
+    episodes: HeldOut | None = None
+    for name, path in worlds_of(loop, rounds).items():
+        world = WorldModel.from_pretrained(path)
+        episodes = episodes or fooling(loop, world)
+        if episodes is None:
+            break
+        steps, seed = loop.config.grpo.world_steps, loop.config.seed
+        rollouts[name], _ = imagine(world, episodes, episodes.actions, steps, seed)
+    return episodes, rollouts
+
+
+def pair(episodes: HeldOut, i: int, rollout: Rollout, said: str, held: int) -> Pair:
+    """A row of the sheet: the episode's truth, and how one world model imagines it."""
+    assert rollout.frames is not None
+    episode, frames = episodes.episodes[i], rollout.frames[i, :, 0]
+    return Pair(
+        number=i, real=episode.frames, imagined=frames, true_reward=episode.reward,
+        reward=rollout.reward[i], threshold=float("nan"),
+        success=held_success(episode.reward, held), reward_success=bool(rollout.success[i]),
+        visual_success=None, within=float("nan"), instruction=said,
+        psnr=float(np.minimum(psnr(episode.frames[1:], frames[1:]), 99).mean()),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw(tasks: dict[str, Any], rounds: int, path: Path) -> None:
+    """True success by round, a panel a task, a thin line a seed, the pooled one with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = ["base", *(f"round{r}" for r in range(1, rounds + 1))]
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(4.6 * len(tasks), 3.6), sharey=True, squeeze=False
+    )
+    for panel, (task, found) in zip(axes[0], tasks.items()):
+        for seed in found["seeds"]:
+            each = [100 * seed[name]["success"] for name in names]
+            panel.plot(each, color="#9aa4b1", lw=1, marker=".", label=f"seed {seed['seed']}")
+        rates = np.array([found["pooled"][name]["success"] for name in names])
+        ends: npt.NDArray[np.float64] = np.array([found["pooled"][name]["ci95"] for name in names])
+        panel.errorbar(range(len(names)), 100 * rates, 100 * np.abs(ends.T - rates),
+                       color="#25639b", lw=2, capsize=4, marker="o", label="all, 95 %")  # fmt: skip
+        panel.set_title(task, fontsize=10)
+        panel.set_xticks(range(len(names)), ["base", *(f"round {r}" for r in range(1, rounds + 1))])
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylim(0, 100)
+    axes[0, 0].set_ylabel("true success, %")
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
+    """The document of loop.json, and the rows of the sheet."""
+    if not config.loops:
+        raise UserError("loops: give at least one output folder of `worldloop loop`")
+    loops = [Loop(folder) for folder in config.loops]
+    last = f"round{config.rounds}"
+    names = ["base", *(f"round{r}" for r in range(1, config.rounds + 1))]
+    tasks: dict[str, Any] = {}
+    rows: list[Pair] = []
+    for loop in loops:
+        task = tasks.setdefault(loop.config.true.env, {"seeds": [], "fooled_round1": []})
+        task["seeds"].append(success_by_round(loop, config.rounds))
+        episodes, rollouts = reimagine(loop, config.rounds)
+        if episodes is None:
+            continue
+        task["fooled_round1"].append({
+            "seed": loop.config.seed, "episodes": len(episodes.episodes),
+            "imagined_success": {k: int(r.success.sum()) for k, r in rollouts.items()},
+        })  # fmt: skip
+        healed = np.flatnonzero(rollouts["round1"].success & ~rollouts[last].success)
+        each = -(-config.pictures // len(loops))
+        for i in healed[:each].tolist():
+            for name in ("round1", last):
+                said = f"{name[:5]} {name[5:]}, seed {loop.config.seed}"
+                rows.append(
+                    pair(episodes, i, rollouts[name], said, loop.config.true.held_frames)
+                )  # fmt: skip
+    for found in tasks.values():
+        found["pooled"] = {name: pooled(found["seeds"], name) for name in names}
+        found["gain_points"] = {
+            name: 100 * (found["pooled"][name]["success"] - found["pooled"]["base"]["success"])
+            for name in names[1:]
+        }
+    first = loops[0].config
+    document = {
+        "tasks": tasks,
+        "mean_gain_points": {
+            name: float(np.mean([found["gain_points"][name] for found in tasks.values()]))
+            for name in names[1:]
+        },
+        "evaluation_seed": first.evaluation_seed, "horizon": first.grpo.horizon,
+        **cost(loops, config.rounds), "command": config.command, "commit": git_commit(),
+    }  # fmt: skip
+    return document, rows
+
+
+def table(document: dict[str, Any]) -> str:
+    """The table of the docs, in Markdown."""
+
+    def cell(value: dict[str, Any]) -> str:
+        low, high = value["ci95"]
+        return f"{value['success']:.1%} ({low:.1%} – {high:.1%})"
+
+    names = ["base", *document["mean_gain_points"]]
+    heads = [f"round {name[5:]}" if name != "base" else name for name in names]
+    rows = [f"| task | seed | {' | '.join(heads)} |", "|---" * (2 + len(names)) + "|"]
+    for task, found in document["tasks"].items():
+        for seed in found["seeds"]:
+            cells = " | ".join(cell(seed[name]) for name in names)
+            rows.append(f"| {task} | {seed['seed']} | {cells} |")
+        cells = " | ".join(cell(found["pooled"][name]) for name in names)
+        rows.append(f"| {task} | all | {cells} |")
+    gains = ", ".join(f"{head} {gain:+.1f} points" for head, gain in zip(
+        heads[1:], document["mean_gain_points"].values()))  # fmt: skip
+    return "\n".join(rows) + f"\n\nMean gain over the tasks: {gains}."
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line."""
+    config = parse_config(LoopReportConfig, argv, "worldloop loop report")
+    if not config.command:
+        config = replace(config, command="worldloop loop report " + " ".join(argv))
+    torch.set_num_threads(config.threads)
+    document, rows = summarise(config)
+    atomic_write_text(config.out, json.dumps(document, indent=2) + "\n")
+    draw(document["tasks"], config.rounds, config.figure)
+    print(table(document))
+    if rows:
+        with atomic_path(config.sheet) as temporary:
+            contact_sheet(rows, told=True).save(temporary, format="JPEG", quality=88)
+        print(config.sheet)
+    print(f"{config.out}, {config.figure}")
+    return 0
