@@ -11,63 +11,11 @@ from typing import Any
 from worldloop.config import read_json
 from worldloop.files import atomic_write_text
 from worldloop.ledger import Ledger, Record
+from worldloop.rl.charts import IMAGINED, TRUE, chart
 from worldloop.rl.pictures import outcome
 from worldloop.rl.report import STYLE, confusion_table
 
 VIDEOS = 8  # embedded at most
-WIDTH, HEIGHT, LEFT, BASE, RIGHT, TOP = 960, 280, 46, 236, 900, 16
-FAINT, LINE, TRUE, IMAGINED = "#6b7280", "#e3e5e9", "#25639b", "#c46210"
-
-Point = tuple[float, float]
-
-
-# ---------------------------------------------------------------- curves
-
-
-def chart(
-    lines: Sequence[tuple[str, str, Sequence[Point]]], bars: Sequence[tuple[float, float, float]],
-    label: str,
-) -> str:  # fmt: skip
-    """Shares in percent over steps or rounds as inline SVG.
-
-    lines: (name, colour, points (x, share)); bars: (x, low, high) of intervals, drawn in the first
-    line's colour. Empty where there is nothing to draw.
-    """
-    points = [point for _, _, line in lines for point in line]
-    if not points:
-        return ""
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    span = max(last - first, 1)
-
-    def px(x: float) -> float:
-        return LEFT + 20 + (RIGHT - LEFT - 40) * (x - first) / span
-
-    def py(share: float) -> float:
-        return BASE - (BASE - TOP) * min(max(share, 0.0), 1.0)
-
-    def text(x: float, y: float, words: str, anchor: str = "start", ink: str = FAINT) -> str:
-        return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{ink}" '
-                f'font-size="13" font-family="system-ui, sans-serif">{words}</text>')  # fmt: skip
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
-    for percent in range(0, 101, 25):
-        y = py(percent / 100)
-        parts.append(f'<line x1="{LEFT}" y1="{y}" x2="{RIGHT}" y2="{y}" stroke="{LINE}"/>')
-        parts.append(text(LEFT - 8, y + 4, str(percent), "end"))
-    marks = sorted({x for x, _ in points})
-    for x in marks[:: max(1, len(marks) // 12)]:
-        parts.append(text(px(x), BASE + 18, f"{x:g}", "middle"))
-    for x, low, high in bars:
-        parts.append(f'<line x1="{px(x):.1f}" y1="{py(low):.1f}" x2="{px(x):.1f}" '
-                     f'y2="{py(high):.1f}" stroke="{lines[0][1]}" stroke-width="2"/>')  # fmt: skip
-    for i, (name, color, line) in enumerate(lines):
-        path = " ".join(f"{px(x):.1f},{py(share):.1f}" for x, share in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for x, share in line if len(line) <= 30 else ():
-            parts.append(f'<circle cx="{px(x):.1f}" cy="{py(share):.1f}" r="4" fill="{color}"/>')
-        parts.append(text(LEFT + 20 + 240 * i, HEIGHT - 6, name, ink=color))
-    parts.append(text(RIGHT, HEIGHT - 6, html.escape(label), "end") + "</svg>")
-    return "".join(parts)
 
 
 # ---------------------------------------------------------------- parts of the page

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, disk_error, process_alive
 from worldloop.metrics import Comparison
+from worldloop.rl.charts import psnr_chart
 from worldloop.rl.pictures import Pair, outcome
 
 # ---------------------------------------------------------------- figures and targets
@@ -192,64 +192,6 @@ def _sweep(out: Path) -> None:
             path.rename(out)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- curves
-
-_FAINT, _LINE, _IMAGINED = "#6b7280", "#e3e5e9", "#c46210"
-
-
-def psnr_chart(comparison: Comparison, chunk: int) -> str:
-    """PSNR over time as inline SVG: imagined (mean, middle 80 % of episodes) and static."""
-    T = comparison.psnr.shape[1]
-    mean, static = comparison.psnr.mean(0), comparison.psnr_static.mean(0)
-    low, high = np.percentile(comparison.psnr, [10, 90], axis=0)
-    bottom = 5 * math.floor(min(low.min(), static.min()) / 5)
-    top = 5 * math.ceil(min(max(high.max(), static[1:].max()), 45) / 5)
-    width, height, left, base, right = 960, 300, 46, 262, 790
-
-    def x(t: float) -> float:
-        return left + (right - left) * t / T
-
-    def y(value: float) -> float:
-        return base - (base - 16) * (min(max(value, bottom), top) - bottom) / (top - bottom)
-
-    def path(values: npt.NDArray[np.float64]) -> str:
-        return " ".join(f"{x(t + 1):.1f},{y(float(v)):.1f}" for t, v in enumerate(values))
-
-    def text(px: float, py: float, words: str, anchor: str = "start", ink: str = _FAINT) -> str:
-        return (
-            f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}" fill="{ink}" '
-            f'font-size="13" font-family="system-ui, sans-serif">{words}</text>'
-        )
-
-    def line(x1: float, y1: float, x2: float, y2: float, more: str = "") -> str:
-        return (
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
-            f'stroke="{_LINE}" {more}/>'
-        )
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="PSNR over time">']
-    for value in range(bottom, top + 1, 5):
-        parts.append(line(left, y(value), right, y(value)))
-        parts.append(text(left - 8, y(value) + 4, str(value), "end"))
-    for t in range(0, T + 1, chunk):
-        parts.append(line(x(t), 16, x(t), base, 'stroke-dasharray="3 4"'))
-        parts.append(text(x(t), base + 18, str(t), "middle"))
-    band = path(high) + " " + " ".join(reversed(path(low).split()))
-    parts.append(f'<polygon points="{band}" fill="{_IMAGINED}" opacity="0.14"/>')
-    for values, color in ((static, _FAINT), (mean, _IMAGINED)):
-        parts.append(
-            f'<polyline points="{path(values)}" fill="none" stroke="{color}" stroke-width="2"/>'
-        )
-    ends = [y(float(mean[-1])) + 4, y(float(static[-1])) + 4]
-    if abs(ends[0] - ends[1]) < 17:
-        ends[1] = ends[0] + 17
-    parts.append(text(right + 8, ends[0], "imagined", ink=_IMAGINED))
-    parts.append(text(right + 8, ends[1], "first frame repeated"))
-    legend = "frame; PSNR in dB; dashed: between chunks; band: middle 80 % of episodes"
-    parts.append(text(left, height - 4, legend) + "</svg>")
-    return "".join(parts)
 
 
 # ---------------------------------------------------------------- the page
