@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from worldloop.bench import timing
+from worldloop.cli import parse_config
 from worldloop.engine.agreement import Gate, Imagined, agreement, imagine
 from worldloop.engine.backends import BACKENDS, wrap_world
 from worldloop.engine.fp8 import LAYERS, has_fp8_units, quantize_fp8, quantized_share
@@ -277,9 +277,9 @@ COMPARISONS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(AgreementBench, args=argv, prog="worldloop bench agreement")
+    config = parse_config(AgreementBench, argv, "worldloop bench agreement")
     torch.set_num_threads(config.threads)
     bench = Bench(config)
     name, run = COMPARISONS[config.compare]
@@ -298,7 +298,3 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

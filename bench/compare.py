@@ -8,6 +8,7 @@ machines mean nothing beside each other, so that is refused unless --any-machine
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from worldloop.cli import parse_config
 from worldloop.config import read_json
 from worldloop.errors import UserError
 
@@ -109,9 +111,9 @@ def pairs_of(old: Path, new: Path) -> list[tuple[Path, Path]]:
     return [(old / name, new / name) for name in names]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line; 1 where something is slower."""
-    config = tyro.cli(Compare, args=argv, prog="worldloop bench compare")
+    config = parse_config(Compare, argv, "worldloop bench compare")
     failed: list[str] = []
     for old, new in pairs_of(config.old, config.new):
         print(old.name)
@@ -129,4 +131,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from worldloop.bench import timing
 from worldloop.bench.timing import Ceilings, Times, kernel_seconds
+from worldloop.cli import parse_config
 from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
 from worldloop.kernels.op import HAS_TRITON, Case, Op
@@ -154,9 +154,9 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line; 1 where a result was wrong."""
-    config = tyro.cli(KernelBench, args=argv, prog="worldloop bench kernels")
+    config = parse_config(KernelBench, argv, "worldloop bench kernels")
     found = bench(config)
     path = timing.write(config.out, f"kernels-{config.op}" if config.op else "kernels", found)
     print(*map(line, found["rows"]), sep="\n")
@@ -164,7 +164,3 @@ def main(argv: list[str] | None = None) -> int:
     print(f"ceilings: copy {c['copy_gb_per_s']:.1f} GB/s, {c['dtype']} products "
           f"{c['gemm_tflops']:.3g} TFLOP/s; {path}")  # fmt: skip
     return int(not all(row["passed"] for row in found["rows"]))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from worldloop.bench import timing
+from worldloop.cli import parse_config
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vision import ViTConfig
@@ -136,9 +136,9 @@ def bench(config: PolicyBench) -> dict[str, Any]:
     return timing.document("policy", config, device, config.threads, values)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(PolicyBench, args=argv, prog="worldloop bench policy")
+    config = parse_config(PolicyBench, argv, "worldloop bench policy")
     found = bench(config)
     path = timing.write(config.out, f"policy-{found['preset']}", found)
     print(
@@ -148,7 +148,3 @@ def main(argv: list[str] | None = None) -> int:
         f"({found['gemm_ceiling_tflops']:.3g}); {path}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from worldloop.bench.compare import IDENTITY
 from worldloop.bench.cost import cost_page
 from worldloop.bench.markdown import device_name, number, table
 from worldloop.bench.roofline import draw, points_of
+from worldloop.cli import parse_config
 from worldloop.config import read_json
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -289,9 +288,9 @@ def _is_timed(value: Any) -> bool:
 # Whole -------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(Report, args=argv, prog="worldloop bench report")
+    config = parse_config(Report, argv, "worldloop bench report")
     documents = read_results(config.results)
     for name, document in documents.items():
         points = points_of(document) if document["bench"] == "rollout" else []
@@ -307,7 +306,3 @@ def main(argv: list[str] | None = None) -> int:
         atomic_write_text(config.docs / page, text)
         print(config.docs / page)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

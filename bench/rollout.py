@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from worldloop.bench import timing
 from worldloop.bench.arms import (
@@ -37,6 +36,7 @@ from worldloop.bench.arms import (
 from worldloop.bench.parts import Parts, engine_shares
 from worldloop.bench.published import PublishedDiT
 from worldloop.bench.worlds import bench_world, check_preset, default_preset
+from worldloop.cli import parse_config
 from worldloop.engine.backends import BACKENDS, wrap_world
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
@@ -270,9 +270,9 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(RolloutBench, args=argv, prog="worldloop bench rollout")
+    config = parse_config(RolloutBench, argv, "worldloop bench rollout")
     found = bench(config)
     height, width = found["picture"]
     name = f"rollout-{found['preset']}-{height}x{width}"
@@ -285,7 +285,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"outside DiT, VAE and policy: {found['shares']['outside']:.1%} of a rollout")
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import nn
 
 from worldloop.bench import timing
@@ -31,6 +30,7 @@ from worldloop.bench.worlds import (
     latent_sides,
     randomise,
 )
+from worldloop.cli import parse_config
 from worldloop.engine.dit import DiT
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.world_config import WorldModelConfig
@@ -252,9 +252,9 @@ def bench(config: TrainBench) -> dict[str, Any]:
     return timing.document("train", config, device, config.threads, values)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(TrainBench, args=argv, prog="worldloop bench train")
+    config = parse_config(TrainBench, argv, "worldloop bench train")
     found = bench(config)
     height, width = found["picture"]
     path = timing.write(config.out, f"train-{found['preset']}-{height}x{width}", found)
@@ -265,7 +265,3 @@ def main(argv: list[str] | None = None) -> int:
         f"MFU {step['mfu']:.0%}, {step['dit_share']:.0%} of the time in the DiT; {path}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

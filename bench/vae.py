@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import tyro
 from torch import Tensor
 
 from worldloop.bench import timing
@@ -25,6 +24,7 @@ from worldloop.bench.worlds import (
     vae_flops,
     vae_work,
 )
+from worldloop.cli import parse_config
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
@@ -143,9 +143,9 @@ def bench(config: VAEBench) -> dict[str, Any]:
     return timing.document("vae", config, device, config.threads, values, ("triton",))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(VAEBench, args=argv, prog="worldloop bench vae")
+    config = parse_config(VAEBench, argv, "worldloop bench vae")
     found = bench(config)
     height, width = found["picture"]
     path = timing.write(config.out, f"vae-{found['preset']}-{height}x{width}", found)
@@ -160,7 +160,3 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
 from worldloop.checkpoint import save_checkpoint
+from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.light_vae import PRESETS, LightVAE, load_autoencoder
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
@@ -299,6 +300,7 @@ def write_samples(real: Tensor, made: Tensor, path: Path, count: int = 8) -> Non
 
 
 def main(argv: list[str]) -> int:
-    config = tyro.cli(AutoencoderConfig, args=argv, prog="worldloop train autoencoder")
-    print(f"autoencoder: {train(config)}")
+    config = parse_config(AutoencoderConfig, argv, "worldloop train autoencoder")
+    with exclusive(config.out):
+        print(f"autoencoder: {train(config)}")
     return 0

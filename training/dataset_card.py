@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from worldloop.cli import parse_config
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text, new_folder
@@ -324,4 +325,4 @@ def main(argv: list[str]) -> int:
     if argv[0] not in _VERBS:
         raise UserError(f"data: unknown verb {argv[0]!r}; known: {', '.join(_VERBS)}")
     config_type, run = _VERBS[argv[0]]
-    return run(tyro.cli(config_type, args=argv[1:], prog=f"worldloop data {argv[0]}"))  # type: ignore[arg-type,operator]
+    return run(parse_config(config_type, argv[1:], f"worldloop data {argv[0]}"))  # type: ignore[arg-type,operator]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+from worldloop.cli import parse_config
 from worldloop.engine.light_decoder import PRESETS, LightDecoder
 from worldloop.engine.vae import Autoencoder
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.track import Run
 from worldloop.training.autoencoder import median_background, psnr_of
 from worldloop.training.common import (
@@ -192,6 +193,7 @@ def train(config: DecoderConfig) -> Path:
 
 def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(DecoderConfig, args=argv, prog="worldloop train decoder")
-    print(f"decoder: {train(config)}")
+    config = parse_config(DecoderConfig, argv, "worldloop train decoder")
+    with exclusive(config.out):
+        print(f"decoder: {train(config)}")
     return 0

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
+from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.errors import UserError
 from worldloop.metrics import Alignment, outcome_alignment
@@ -149,7 +149,7 @@ def train(config: OutcomeTraining) -> OutcomeClassifier:
 
 def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(OutcomeTraining, args=argv, prog="worldloop train outcome")
+    config = parse_config(OutcomeTraining, argv, "worldloop train outcome")
     record = train(config).record
     low, high = record["held_out_interval"]
     print(

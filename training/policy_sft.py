@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import tyro
 from torch import Tensor
 
+from worldloop.cli import parse_config
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.lora import add_lora, merge_and_unload, save_lora
 from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy, token_logprobs
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
@@ -268,6 +269,7 @@ def save(policy: VLAPolicy, config: PolicyTraining, demos: int, step: int) -> No
 
 def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(PolicyTraining, args=argv, prog="worldloop train policy")
-    print(f"policy: {train(config)}")
+    config = parse_config(PolicyTraining, argv, "worldloop train policy")
+    with exclusive(config.out):
+        print(f"policy: {train(config)}")
     return 0

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
 from worldloop.checkpoint import load_checkpoint, load_into, save_checkpoint
+from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.policy.images import prepare_frames
 from worldloop.engine.policy.openvla_oft import OpenVLAConfig, tiny_config
 from worldloop.engine.policy.vision import VisionBackbone, ViT, ViTConfig, normalise_frames
 from worldloop.errors import UserError
+from worldloop.files import exclusive
 from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
@@ -230,6 +231,7 @@ def load_towers(backbone: VisionBackbone, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line."""
-    config = tyro.cli(TowersTraining, args=argv, prog="worldloop train towers")
-    print(f"towers: {train(config)}")
+    config = parse_config(TowersTraining, argv, "worldloop train towers")
+    with exclusive(config.out):
+        print(f"towers: {train(config)}")
     return 0

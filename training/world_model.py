@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 
 from worldloop.checkpoint import load_into
+from worldloop.cli import parse_config
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS
@@ -385,6 +385,6 @@ def world_of(
 
 
 def main(argv: list[str]) -> int:
-    config = tyro.cli(WorldModelTraining, args=argv, prog="worldloop train world-model")
+    config = parse_config(WorldModelTraining, argv, "worldloop train world-model")
     print(f"world model: {train(config)}")
     return 0

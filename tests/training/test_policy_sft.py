@@ -11,7 +11,8 @@ from worldloop.engine.formats.openvla import read_shards
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
-from worldloop.training import policy_sft, towers
+from worldloop.files import exclusive
+from worldloop.training import autoencoder, decoder, policy_sft, towers
 from worldloop.training.data import augment, load_arrays
 from worldloop.training.policy_sft import Demonstrations, PolicyTraining, fit_statistics
 from worldloop.types import ActionSpec, Episode
@@ -207,3 +208,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(dataset, tmp
         policy_sft.train(config)
     for a, b in zip(before.values(), weights_of(config.out / "model").values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("module", [autoencoder, decoder, policy_sft, towers])
+def test_two_runs_do_not_write_into_one_folder(module, tmp_path):
+    with (
+        exclusive(tmp_path / "run"),
+        pytest.raises(UserError, match="another process is working in it"),
+    ):
+        module.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")])
