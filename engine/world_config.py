@@ -6,9 +6,12 @@ Shape letters: A action dim, T actions of a chunk, F latent frames.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from worldloop.config import config_to_dict, read_json
 from worldloop.engine import dit_config
 from worldloop.engine.arm import ArmConfig
 from worldloop.engine.dit_config import DiTConfig
@@ -17,6 +20,7 @@ from worldloop.engine.reward import RewardConfig
 from worldloop.engine.vae import PRESETS as VAE_PRESETS
 from worldloop.engine.vae import WanVAEConfig
 from worldloop.errors import UserError
+from worldloop.files import atomic_write_text
 from worldloop.types import ActionSpec
 
 
@@ -188,3 +192,11 @@ def preset(name: str) -> WorldModelConfig:
     if name not in PRESETS:
         raise UserError(f"preset is {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def write_world_config(folder: Path, config: WorldModelConfig) -> Path:
+    """Give a checkpoint another configuration; its weights stay as they are."""
+    path = folder / "config.json"
+    document = read_json(path) | {"config": config_to_dict(config)}
+    atomic_write_text(path, json.dumps(document, indent=2) + "\n")
+    return path

@@ -24,8 +24,7 @@ import torch
 from worldloop.calibration import crossfit_alignment, fit_reward, held_score, precision_recall
 from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict, read_json
-from worldloop.engine.world_config import Calibration, TaskRecord
+from worldloop.engine.world_config import Calibration, TaskRecord, write_world_config
 from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -368,10 +367,7 @@ class Evaluation:
             self.world.config, tasks=tuple(known.values()),
             reward_threshold=rows["all"]["threshold"], held_frames=rows["all"]["held_frames"],
         )  # fmt: skip
-        path = Path(resolve_pretrained(self.config.world)) / "config.json"
-        document = read_json(path) | {"config": config_to_dict(changed)}
-        atomic_write_text(path, json.dumps(document, indent=2) + "\n")
-        return path
+        return write_world_config(Path(resolve_pretrained(self.config.world)), changed)
 
     # ------------------------------------------------------------ everything
 

@@ -4,8 +4,8 @@ A round, every stage a function below, every result a record in the ledger (`wor
 
     collect     the best policy so far acts in the true environment
     label       its episodes are told apart: success, near-success, miss
-    extend      SANS = the given data + every round's episodes + those that fooled earlier rounds
-    fine-tune   the pretrained world model learns from SANS
+    extend      SANS = the given data + those that fooled earlier rounds + every round's episodes
+    fine-tune   the pretrained world model learns from SANS; its success rule is fitted anew
     improve     GRPO inside it; the alarm looks at the truth every few steps
     evaluate    the new policy in the true environment, over fixed unseen start states
     decide      accepted where it succeeds at least as often as the best so far; else rolled back
@@ -60,8 +60,8 @@ class Stage:
 STAGES = (
     Stage("collect", collect, ("best policy",)),
     Stage("label", label, ("episodes",)),
-    Stage("extend", extend, ("data", "all episodes", "fooled")),
-    Stage("fine-tune", fine_tune, ("pretrained world", "sans")),
+    Stage("extend", extend, ("data", "fooled", "all episodes")),
+    Stage("fine-tune", fine_tune, ("pretrained world", "sans", "episodes")),
     Stage("improve", improve, ("start policy", "world", "sans", "judges")),
     Stage("evaluate", evaluate, ("policy",)),
     Stage("decide", decide, ("best evaluation", "evaluation")),

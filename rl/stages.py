@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from worldloop.calibration import crossfit_alignment, fit_reward
 from worldloop.config import config_to_dict, read_json
+from worldloop.engine.world_config import Calibration, TaskRecord, write_world_config
+from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.labels import read_labels
 from worldloop.ledger import path_sha256
 from worldloop.merge import merge_datasets
-from worldloop.metrics import wilson_interval
+from worldloop.metrics import outcome_alignment, wilson_interval
 from worldloop.rl.alarm import check_steps, load_check
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.collect import count_episodes
+from worldloop.rl.held_out import imagine, load_held_out
+from worldloop.rl.imagine import held_success
 from worldloop.rl.jobs import run_job
 from worldloop.rl.round_config import RoundConfig
 from worldloop.rl.true_env import Evaluating, measure, record_policy
@@ -134,8 +140,14 @@ def extend(config: RoundConfig, at: Path, r: int, *sources: Path) -> Made:
     return Made({"sans": out}, {"episodes": len(dataset), "successes": int(dataset.success.sum())})
 
 
-def fine_tune(config: RoundConfig, at: Path, r: int, base: Path, sans: Path) -> Made:
-    """The pretrained world model on SANS; the trainer resumes by itself."""
+def fine_tune(
+    config: RoundConfig, at: Path, r: int, base: Path, sans: Path, episodes: Path
+) -> Made:
+    """The pretrained world model on SANS; the trainer resumes by itself.
+
+    What counts as a success is fitted anew, on this round's episodes: the policy's own, which are
+    what it will be asked about.
+    """
     out = at / "fine-tune"
     options = config_to_dict(config.fine_tune)
     processes = options.pop("processes")
@@ -147,7 +159,39 @@ def fine_tune(config: RoundConfig, at: Path, r: int, base: Path, sans: Path) -> 
     rows = read_rows(out / "metrics.jsonl")
     last = {k: v for k, v in rows[-1].items() if k.startswith("held_out_")}
     curve = [[row["step"], row["held_out_flow"], row["held_out_reward"]] for row in rows]
-    return Made({"world": out / "model"}, {**last, "curve": curve})
+    rule = calibrate(config, out / "model", episodes)
+    return Made({"world": out / "model"}, {**last, **rule, "curve": curve})
+
+
+@torch.inference_mode()
+def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any]:
+    """Fit the world model's success rule on episodes of a policy, and write it there.
+
+    Where all of them end alike, the rule stays as it is. Returns how the outcomes agree by the
+    rule as it was and by the new one (as a fit on the other half of the episodes has it).
+    """
+    world = WorldModel.from_pretrained(model)
+    real = load_held_out(episodes, None, world, least=1)
+    real = real.first(len(real.episodes), config.grpo.horizon)
+    true = np.array([held_success(e.reward, config.true.held_frames) for e in real.episodes])
+    rollout, _ = imagine(
+        world, real, real.actions, config.grpo.world_steps, config.seed,
+        max_batch=config.grpo.max_batch,
+    )  # fmt: skip
+    before = outcome_alignment(true, rollout.success)
+    facts: dict[str, Any] = {"agreement_before_fit": before.rate}
+    if true.any() and not true.all():
+        fit = fit_reward(rollout.reward, true)
+        after = crossfit_alignment(rollout.reward, true, config.seed) or before
+        said = real.episodes[0].instruction
+        record = TaskRecord(
+            real.env_id, said, Calibration(fit.threshold, fit.held_frames, len(true), after.rate)
+        )
+        others = tuple(task for task in world.config.tasks if task.env_id != real.env_id)
+        write_world_config(model, replace(world.config, tasks=(*others, record)))
+        facts |= {"agreement": after.rate, "threshold": fit.threshold,
+                  "reward_held_frames": fit.held_frames}  # fmt: skip
+    return facts
 
 
 def improve(
