@@ -4,10 +4,15 @@ A world model is told absolute poses (paper section 3.2), a policy emits increme
 up linearly (`ControllerFit`) is right in free space only: a hand pressed on the table does not
 sink, drags at half its speed and leans over, so that the sum is off by centimetres exactly where a
 policy meets its object. `Arm` adds a small network's correction to the linear sum, step by step,
-from the last commands and the pose so far. It is fitted on recorded episodes
-(`worldloop.training.arm`) and part of the world model's checkpoint.
+from the last commands and the pose so far.
 
-Shape letters: B rows (episodes), T actions, P commands that are still carried out.
+What the hand meets on its way (a cube under it) no command tells, but the picture does: `PoseHead`
+reads the hand's pose from the latents of a chunk's last frame and mends the pose that the next
+chunk starts from. Both are fitted on recorded episodes (`worldloop.training.arm`) and part of the
+world model's checkpoint.
+
+Shape letters: B rows (episodes), T actions, P commands that are still carried out, C channels,
+H W latent height and width.
 """
 
 from __future__ import annotations
@@ -28,12 +33,54 @@ MOVES = 6  # x y z, rotation vector; the gripper is where it is told to be
 
 
 @dataclass(frozen=True)
+class PoseHeadConfig:
+    """Sizes of the network that reads the pose. ``grid``: latent height and width."""
+
+    latent_channels: int = 16
+    grid: tuple[int, int] = (16, 16)
+    width: int = 96
+    hidden: int = 256
+
+
+class PoseHead(nn.Module):
+    """Latents of the present frame and the pose that commands lead to: the pose that is seen.
+
+    It reads a pose, and how far to trust it in place of the one from commands (not at all where
+    the hand is out of the picture), each component by itself.
+    """
+
+    def __init__(self, config: PoseHeadConfig) -> None:
+        super().__init__()
+        self.config, width, hidden = config, config.width, config.hidden
+        cells = -(-config.grid[0] // 4) * -(-config.grid[1] // 4)
+        self.picture = nn.Sequential(
+            nn.Conv2d(config.latent_channels, 64, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(64, width, 3, 2, 1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, 2, 1), nn.SiLU(),
+            nn.Flatten(), nn.Linear(width * cells, hidden), nn.SiLU(),
+        )  # fmt: skip
+        self.told = nn.Sequential(nn.Linear(MOVES, hidden // 2), nn.SiLU())
+        self.both = nn.Sequential(nn.Linear(hidden + hidden // 2, hidden), nn.SiLU())
+        self.read, self.trust = nn.Linear(hidden, MOVES), nn.Linear(hidden, MOVES)
+        for head, bias in ((self.read, 0.0), (self.trust, -2.0)):
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, bias)
+
+    def forward(self, latent_BCHW: Tensor, placed_B6: Tensor) -> tuple[Tensor, Tensor]:
+        """The mended pose and the pose as read, [B,6] each, in the units of ``placed``."""
+        x = self.both(torch.cat([self.picture(latent_BCHW), self.told(placed_B6)], 1))
+        read = self.read(x)
+        return placed_B6 + torch.sigmoid(self.trust(x)) * (read - placed_B6), read
+
+
+@dataclass(frozen=True)
 class ArmConfig:
     """Sizes of the correcting network."""
 
     past: int = 4
     """Commands read: the present one and those before it."""
     width: int = 256
+    eyes: PoseHeadConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("past", "width"):
@@ -62,6 +109,7 @@ class Arm(nn.Module):
         nn.init.zeros_(self.fc3.bias)
         self.register_buffer("pose_mean", torch.zeros(MOVES))
         self.register_buffer("pose_std", torch.ones(MOVES))
+        self.eyes = None if config.eyes is None else PoseHead(config.eyes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Arm:
         """Stays in fp32 on the host: poses are numpy, and steps of 30 us follow each other."""
@@ -103,3 +151,19 @@ class Arm(nn.Module):
             start = torch.from_numpy(np.ascontiguousarray(start_BA[:, :MOVES], np.float32))
             moved = self(self.windows(actions_BTA, past_BTA), start)
         return np.concatenate([moved.numpy(), actions_BTA[..., MOVES:]], 2)
+
+    def seen(self, latent_BCHW: Tensor, pose_B6: Tensor) -> tuple[Tensor, Tensor]:
+        """The mended pose and the pose as read, [B,6] in metres and radians; differentiable."""
+        assert self.eyes is not None
+        mended, read = self.eyes(latent_BCHW, (pose_B6 - self.pose_mean) / self.pose_std)
+        return self.pose_mean + mended * self.pose_std, self.pose_mean + read * self.pose_std
+
+    @torch.no_grad()
+    def look(self, latent_BCHW: Tensor, pose_BA: Float) -> Float:
+        """The pose [B,7] mended by the latents of its frame; as it is for an arm without eyes."""
+        if self.eyes is None:
+            return pose_BA
+        with torch.autocast("cpu", enabled=False):
+            told = torch.from_numpy(np.ascontiguousarray(pose_BA[:, :MOVES], np.float32))
+            mended, _ = self.seen(latent_BCHW.float().cpu(), told)
+        return np.concatenate([mended.numpy(), pose_BA[:, MOVES:]], 1)

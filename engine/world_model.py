@@ -279,6 +279,9 @@ class WorldModel(nn.Module):
             frames, decoder = self._decode(latents, state.decoder, decode)
             timer.add("decode", clock)
             last = latents[:, :, -1:]
+        end = poses[:, -1]
+        if self.arm is not None:
+            end = self.arm.look(latents[:, :, -1], end)
         clock = time.perf_counter()
         reward = self.reward(latents).cpu().numpy().astype(np.float32)
         timer.add("reward", clock)
@@ -291,7 +294,7 @@ class WorldModel(nn.Module):
             ring=ring,
             decoder=decoder,
             last_latent=last,
-            poses=poses[:, -1],
+            poses=end,
             past_actions=past[:, max(0, past.shape[1] - self.lag) :],
             high=high,
             done=done,

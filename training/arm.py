@@ -5,12 +5,18 @@ are followed from their true first pose and compared along the whole piece, so t
 what is trained. Episodes that the linear sum gets wrong, which are those with contact, are drawn
 more often.
 
+Then its eyes (`fit_eyes`): on recorded latents beside the poses that the commands of a chunk lead
+to, some of them pushed aside, as those of an imagined episode are.
+
 Shape letters: N episodes, T actions, B pieces, P commands.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +24,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from worldloop.engine.arm import MOVES, Arm, ArmConfig
+from worldloop.engine.arm import MOVES, Arm, ArmConfig, PoseHeadConfig
 from worldloop.training.data import EpisodeArrays
 
 WORTH = (1 / 0.005,) * 3 + (1 / 0.05,) * 3  # 5 mm weigh as much as 0.05 rad
 BATCH = 64
 PIECE = 32  # actions
 LR = 3e-3
+EYES_BATCH, EYES_LR = 96, 2e-3
+ASIDE = (0.02,) * 3 + (0.1,) * 3  # metres and radians: how far half of the poses are pushed
+LATENT_NOISE = 0.15  # largest standard deviation: imagined latents are not quite the recorded
 
 
 def fit_arm(data: EpisodeArrays, episodes: int, steps: int, seed: int = 0) -> Arm:
@@ -66,6 +75,62 @@ def fit_arm(data: EpisodeArrays, episodes: int, steps: int, seed: int = 0) -> Ar
             nn.utils.clip_grad_norm_(arm.parameters(), 1.0)
             optimizer.step()
     return arm.eval()
+
+
+def fit_eyes(
+    arm: Arm,
+    parts: Sequence[EpisodeArrays],
+    latents: Sequence[npt.NDArray[Any]],
+    held_out: int,
+    steps: int,
+    seed: int = 0,
+) -> Arm:
+    """The arm with a pose head, fitted on all but the last ``held_out`` episodes of each dataset.
+
+    latents: [N,F,C,H,W] of each, of the first frame and those after the actions.
+    """
+    _, _, C, H, W = latents[0].shape
+    told = [told_poses(arm, part) for part in parts]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        seeing = Arm(replace(arm.config, eyes=PoseHeadConfig(C, (H, W))))
+        seeing.load_state_dict(arm.state_dict(), strict=False)
+        assert seeing.eyes is not None
+        worth, aside = torch.tensor(WORTH), torch.tensor(ASIDE)
+        optimizer = torch.optim.AdamW(seeing.eyes.parameters(), lr=EYES_LR, weight_decay=1e-3)
+        for step in range(steps):
+            fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = EYES_LR * min(1.0, (step + 1) / 100) * fall
+            part = int(torch.randint(len(parts), ()))
+            z, states = latents[part], parts[part].states
+            rows = torch.randint(len(z) - held_out, (EYES_BATCH,)).numpy()
+            frame = torch.randint(1, z.shape[1], (EYES_BATCH,)).numpy()
+            after = frame * (parts[part].actions.shape[1] // (z.shape[1] - 1))
+            latent = torch.from_numpy(np.asarray(z[rows, frame], np.float32))
+            latent += LATENT_NOISE * torch.rand(EYES_BATCH, 1, 1, 1) * torch.randn_like(latent)
+            pose = torch.from_numpy(told[part][rows, after - 1])
+            true = torch.from_numpy(states[rows, after, :MOVES])
+            far = torch.rand(EYES_BATCH, 1) * (torch.rand(EYES_BATCH, 1) < 0.5)
+            mended, read = seeing.seen(latent, pose + torch.randn(EYES_BATCH, MOVES) * aside * far)
+            loss = sum(
+                share * F.smooth_l1_loss((made - true) * worth / 2, torch.zeros_like(true))
+                for share, made in ((1.0, mended), (0.3, read))
+            )
+            assert isinstance(loss, torch.Tensor)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return seeing.eval()
+
+
+def told_poses(arm: Arm, data: EpisodeArrays) -> npt.NDArray[np.float32]:
+    """Poses [N,T,6] that the commands of each chunk lead to from its true first pose."""
+    chunk, T = data.action_spec.chunk, data.actions.shape[1]
+    made = [
+        arm.poses(data.actions[:, t : t + chunk], data.states[:, t], data.actions[:, :t])
+        for t in range(0, T, chunk)
+    ]
+    return np.concatenate(made, 1)[..., :MOVES]
 
 
 def position_error(poses_NTA: npt.NDArray[np.float32], states: npt.NDArray[np.float32]) -> float:

@@ -29,6 +29,7 @@ from worldloop.engine.light_vae import LightVAE, load_autoencoder
 from worldloop.engine.vae import WanVAE
 from worldloop.training.common import autocast
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
+from worldloop.types import ActionSpec
 
 Half = npt.NDArray[np.float16]
 Float = npt.NDArray[np.float32]
@@ -132,7 +133,10 @@ class Batches:
     ) -> None:
         self.parts, self.latents, self.config = list(parts), list(latents), config
         self.first = np.cumsum([0, *(len(part) for part in parts)])
-        self.poses = [normalised_poses(part, arm) for part in parts]
+        self.poses = [
+            normalised(rollout_poses(part, arm, z), part.action_spec)
+            for part, z in zip(parts, latents, strict=True)
+        ]
         # horizon -> task -> the numbers of its episodes to train on
         self.tasks: dict[int, dict[str, npt.NDArray[np.int64]]] = {}
         for first, part in zip(self.first, parts):
@@ -202,12 +206,32 @@ class Batches:
         return weight
 
 
-def normalised_poses(data: EpisodeArrays, arm: Arm | None) -> Float:
-    """Absolute poses [N,T,A] after each action, on the scale that the transformer takes."""
-    spec = data.action_spec
-    to_poses = spec.to_absolute if arm is None else arm.poses
-    poses = to_poses(data.actions, data.states[:, 0])
-    scaled: Float = ((poses - np.array(spec.pose_mean)) / np.array(spec.pose_std)).astype(
+def rollout_poses(data: EpisodeArrays, arm: Arm | None, latents: Half) -> Float:
+    """Poses [N,T,A] after each action as rollouts have them (metres, rotation vector, gripper).
+
+    Chunk after chunk: from the first pose by the commands alone, at each chunk's end mended by
+    what its latents [N,F,C,H,W] show.
+    """
+    spec, T = data.action_spec, data.actions.shape[1]
+    per_latent = T // (latents.shape[1] - 1)
+    pose, poses = data.states[:, 0], []
+    for begin in range(0, T, spec.chunk):
+        past = data.actions[:, :begin]
+        actions = data.actions[:, begin : begin + spec.chunk]
+        to_poses = spec.to_absolute if arm is None else arm.poses
+        poses.append(to_poses(actions, pose, past))
+        pose = poses[-1][:, -1].copy()
+        end = (begin + actions.shape[1]) // per_latent
+        if arm is not None and arm.eyes is not None:
+            for some in np.array_split(np.arange(len(data)), -(-len(data) // 256)):
+                seen = torch.from_numpy(np.asarray(latents[some, end], np.float32))
+                pose[some] = arm.look(seen, pose[some])
+    return np.concatenate(poses, 1)
+
+
+def normalised(poses_NTA: Float, spec: ActionSpec) -> Float:
+    """Poses on the scale that the transformer takes."""
+    scaled: Float = ((poses_NTA - np.array(spec.pose_mean)) / np.array(spec.pose_std)).astype(
         np.float32
     )
     return scaled

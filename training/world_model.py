@@ -112,6 +112,9 @@ class WorldModelTraining:
     arm_steps: int = 10_000
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
+    eyes_steps: int = 4000
+    """Steps of fitting what reads the hand's pose from latents at the end of each chunk; 0: none,
+    or those of `init` where its arm is kept."""
     sample_every: int = 500
     """Steps between sample videos (samples/*.mp4: real | imagined, two held-out episodes); 0: none.
     """
@@ -122,7 +125,7 @@ class WorldModelTraining:
         for name in ("steps", "batch", "threads", "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
-        for name in ("sample_every", "arm_steps"):
+        for name in ("sample_every", "arm_steps", "eyes_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):
@@ -164,7 +167,7 @@ def train(config: WorldModelTraining) -> Path:
     with ExitStack() as stack:
         if workers.rank == 0:
             stack.enter_context(exclusive(config.out))
-        arm = arm_of(config, parts, base, start, workers)
+        arm = arm_of(config, parts, latents, base, start, workers)
         batches = Batches(parts, latents, config, arm)
         return _Training(config, parts, batches, model.to(device), base, arm, workers).run()
 

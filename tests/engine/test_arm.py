@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop.engine.arm import Arm, ArmConfig
+from worldloop.engine.arm import Arm, ArmConfig, PoseHeadConfig
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
@@ -55,6 +55,40 @@ def test_the_world_model_is_told_the_corrected_poses(small, monkeypatch):
     _, _, state = small.generate(world, small.frames_of(2), start, actions, [1, 2])
     np.testing.assert_allclose(state.poses, whole[:, -1], atol=1e-6)
     assert state.past_actions.shape[1] == world.lag == 2
+
+
+def seeing_world(small) -> WorldModel:
+    """Eyes that change every pose."""
+    channels = small.config_of().dit.latent_channels
+    eyes = PoseHeadConfig(channels, (4, 4), width=8, hidden=8)
+    world = small.world_of(arm=ArmConfig(past=3, width=16, eyes=eyes))
+    world.arm.load_state_dict(arm_of(small, True).state_dict(), strict=False)
+    small.randomise(world.arm.eyes)
+    return world
+
+
+def test_each_chunk_starts_from_the_pose_that_is_seen(small):
+    world = seeing_world(small)
+    actions, start = small.actions_of(2, 16), small.poses_of(2)
+    pose, past = start, actions[:, :0]
+    state = world.start(small.frames_of(2), start, [1, 2])
+    for begin in (0, 8):
+        told = world.poses(actions[:, begin : begin + 8], pose, past)
+        _, state = world.step(state, actions[:, begin : begin + 8], steps=1)
+        pose = world.arm.look(state.last_latent[:, :, -1], told[:, -1])
+        np.testing.assert_array_equal(state.poses, pose)
+        assert np.abs(pose - told[:, -1])[:, :6].min() > 1e-4
+        assert (pose[:, 6] == told[:, -1, 6]).all()
+        past = actions[:, begin : begin + 8]
+
+
+def test_eyes_are_part_of_the_checkpoint(small, tmp_path):
+    world = seeing_world(small)
+    again = WorldModel.from_pretrained(world.save(tmp_path / "world"), dtype=torch.bfloat16)
+    latent, pose = torch.randn(2, again.arm.config.eyes.latent_channels, 4, 4), small.poses_of(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = again.arm.look(latent, pose)
+    np.testing.assert_array_equal(seen, world.arm.look(latent, pose))
 
 
 def test_it_stays_in_fp32_and_is_saved_so(small, tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop.training.arm import fit_arm, position_error
+from worldloop.training.arm import fit_arm, fit_eyes, position_error
 from worldloop.training.data import EpisodeArrays, fit_action_spec
+from worldloop.training.latents import rollout_poses
 from worldloop.types import ActionSpec
 
 GAIN = 0.03  # metres a command
@@ -64,5 +65,49 @@ def test_the_last_episodes_stay_unseen_and_a_seed_repeats():
     changed[8:] = 1
     other = dataclasses.replace(data, actions=changed)
     one, two = fit_arm(data, 8, steps=3), fit_arm(other, 8, steps=3)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def latents_of(data: EpisodeArrays, grid: int = 8) -> np.ndarray:
+    """Latents [N,F,2,grid,grid] that show the hand: a spot at (x, y), its height as brightness.
+
+    Out of the picture, beyond 0.3 m, they show nothing.
+    """
+    hand = data.states[:, ::4, :3]  # [N,F,3]
+    cells = np.linspace(-0.3, 0.3, grid)
+    spots = [np.exp(-(((hand[..., i, None] - cells) / 0.08) ** 2)) for i in (0, 1)]
+    spot = spots[0][..., :, None] * spots[1][..., None, :]
+    shown = np.abs(hand[..., :2]).max(-1) < 0.3
+    spot = spot * shown[..., None, None]
+    return np.stack([spot, spot * hand[..., 2, None, None] * 10], 2).astype(np.float16)
+
+
+def stopped(data: EpisodeArrays, seed: int) -> EpisodeArrays:
+    """Half of the hands lie still for good from step 4 on: no command tells which."""
+    states = data.states.copy()
+    lying = np.random.default_rng(seed).random(len(data)) < 0.5
+    states[lying, 5:, :6] = states[lying, 4:5, :6]
+    return dataclasses.replace(data, states=states)
+
+
+def test_what_no_command_tells_is_seen():
+    data, unseen = stopped(episodes(128, 0), 0), stopped(episodes(64, 1), 1)
+    arm = fit_arm(data, len(data), steps=200)
+    blind = position_error(rollout_poses(unseen, arm, latents_of(unseen)), unseen.states)
+    seeing = fit_eyes(arm, [data], [latents_of(data)], held_out=8, steps=500)
+    mended = position_error(rollout_poses(unseen, seeing, latents_of(unseen)), unseen.states)
+    assert blind > 0.1
+    assert mended < blind / 2
+    for name, tensor in arm.state_dict().items():
+        assert torch.equal(seeing.state_dict()[name], tensor), name
+
+
+def test_eyes_do_not_see_the_last_episodes_and_a_seed_repeats():
+    data = episodes(12, 0)
+    arm = fit_arm(data, 8, steps=2)
+    z, changed = latents_of(data), latents_of(data)
+    changed[8:] = 1
+    one, two = (fit_eyes(arm, [data], [each], held_out=4, steps=3) for each in (z, changed))
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
