@@ -80,7 +80,7 @@ class ArmConfig:
     past: int = 4
     """Commands read: the present one and those before it."""
     width: int = 256
-    eyes: PoseHeadConfig | None = None
+    pose_head: PoseHeadConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("past", "width"):
@@ -109,7 +109,7 @@ class Arm(nn.Module):
         nn.init.zeros_(self.fc3.bias)
         self.register_buffer("pose_mean", torch.zeros(MOVES))
         self.register_buffer("pose_std", torch.ones(MOVES))
-        self.eyes = None if config.eyes is None else PoseHead(config.eyes)
+        self.pose_head = None if config.pose_head is None else PoseHead(config.pose_head)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Arm:
         """Stays in fp32 on the host: poses are numpy, and steps of 30 us follow each other."""
@@ -154,14 +154,14 @@ class Arm(nn.Module):
 
     def seen(self, latent_BCHW: Tensor, pose_B6: Tensor) -> tuple[Tensor, Tensor]:
         """The mended pose and the pose as read, [B,6] in metres and radians; differentiable."""
-        assert self.eyes is not None
-        mended, read = self.eyes(latent_BCHW, (pose_B6 - self.pose_mean) / self.pose_std)
+        assert self.pose_head is not None
+        mended, read = self.pose_head(latent_BCHW, (pose_B6 - self.pose_mean) / self.pose_std)
         return self.pose_mean + mended * self.pose_std, self.pose_mean + read * self.pose_std
 
     @torch.no_grad()
     def look(self, latent_BCHW: Tensor, pose_BA: Float) -> Float:
-        """The pose [B,7] mended by the latents of its frame; as it is for an arm without eyes."""
-        if self.eyes is None:
+        """The pose [B,7] mended by the latents of its frame; without a pose head, as it is."""
+        if self.pose_head is None:
             return pose_BA
         with torch.autocast("cpu", enabled=False):
             told = torch.from_numpy(np.ascontiguousarray(pose_BA[:, :MOVES], np.float32))

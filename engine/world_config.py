@@ -101,6 +101,13 @@ class WorldModelConfig:
         if isinstance(autoencoder, LightVAEConfig) and autoencoder.picture is not None:
             must_equal.append(("autoencoder.picture", tuple(autoencoder.picture),
                                "reward.grid in pixels", self.picture))  # fmt: skip
+        if self.arm is not None and self.arm.pose_head is not None:
+            head = self.arm.pose_head
+            must_equal += [
+                ("arm.pose_head.grid", tuple(head.grid), "reward.grid", tuple(reward.grid)),
+                ("arm.pose_head.latent_channels", head.latent_channels,
+                 "reward.latent_channels", reward.latent_channels),
+            ]  # fmt: skip
         for name, value, other, expected in must_equal:
             if value != expected:
                 raise UserError(f"{name} is {value}; {other} is {expected}: they must agree")
@@ -121,6 +128,13 @@ class WorldModelConfig:
             if task.instruction == instruction and task.calibration is not None:
                 return task.calibration.threshold, task.calibration.held_frames
         return self.reward_threshold, self.held_frames
+
+    def with_rule(self, env_id: str, instruction: str, rule: Calibration) -> WorldModelConfig:
+        """With a success rule of a task's own, in place of one that it may have."""
+        known = {task.env_id: task for task in self.tasks}
+        task = known.get(env_id, TaskRecord(env_id, instruction))
+        known[env_id] = dataclasses.replace(task, calibration=rule)
+        return dataclasses.replace(self, tasks=tuple(known.values()))
 
     @property
     def block(self) -> int:

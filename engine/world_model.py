@@ -48,7 +48,7 @@ from worldloop.engine.sampler import (
     reference_sample,
     streaming_sample,
 )
-from worldloop.engine.vae import Stream, WanVAE, WanVAEConfig
+from worldloop.engine.vae import Stream, WanVAE
 from worldloop.engine.world_config import PRESETS, WorldModelConfig
 from worldloop.engine.world_state import WorldState
 from worldloop.errors import UserError
@@ -58,7 +58,6 @@ from worldloop.types import ActionSpec, Chunk, Frames
 
 __all__ = [
     "PRESETS", "Decode", "Steps", "Timer", "WorldModel", "WorldModelConfig", "WorldState",
-    "build_autoencoder",
 ]  # fmt: skip
 
 Decode = Literal["all", "policy", "none"]
@@ -111,9 +110,10 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.dit = dit if dit is not None else DiT(config.dit)
-        self.autoencoder = (
-            autoencoder if autoencoder is not None else build_autoencoder(config.autoencoder)
-        )
+        if autoencoder is None:
+            sizes = config.autoencoder
+            autoencoder = LightVAE(sizes) if isinstance(sizes, LightVAEConfig) else WanVAE(sizes)
+        self.autoencoder = autoencoder
         self.reward = reward if reward is not None else RewardHead(config.reward)
         self.arm = arm if arm is not None or config.arm is None else Arm(config.arm)
 
@@ -446,8 +446,3 @@ def _frames(pixels_BTHW3: Tensor) -> Frames:
     """uint8 pixels on any device to Frames [B,T,1,H,W,3]: their only way to the host."""
     frames: Frames = pixels_BTHW3.unsqueeze(2).cpu().numpy()
     return frames
-
-
-def build_autoencoder(config: LightVAEConfig | WanVAEConfig) -> LightVAE | WanVAE:
-    """The autoencoder of a config, with random weights."""
-    return LightVAE(config) if isinstance(config, LightVAEConfig) else WanVAE(config)

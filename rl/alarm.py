@@ -37,13 +37,13 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
-from worldloop.metrics import Alignment, outcome_alignment, psnr, wilson_interval
+from worldloop.metrics import Alignment, outcome_alignment, wilson_interval
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.imagine import held_success
-from worldloop.rl.pictures import Pair, write_pair
+from worldloop.rl.pictures import plain_pair, write_pair
 from worldloop.rl.starts import shipped_episodes, sim_seeds
 from worldloop.rl.true_env import Replay, TrueEnv, record_replay
-from worldloop.types import Episode, Rollout, Starts
+from worldloop.types import Rollout, Starts
 
 Bool = npt.NDArray[np.bool_]
 JUDGES = "judges"
@@ -194,7 +194,8 @@ class Alarm:
                     parted.append(episode)
                 # The last places are for episodes that came true.
                 if videos < config.videos - (0 if wrong else config.videos // 2):
-                    pair = self._pair(i, imagined, episode, success)
+                    threshold, _ = self.world.config.success_rule(episode.instruction)
+                    pair = plain_pair(i, episode, imagined, i, success, threshold)
                     row["video"] = write_pair(pair, folder, self.world.action_spec.control_hz).name
                     videos += 1
                 played.append(row)
@@ -211,25 +212,6 @@ class Alarm:
         if self.world.action_spec.kind == "delta_pose":
             still[:, :6] = 0
         return np.concatenate([actions_TA, np.repeat(still, more, 0)])
-
-    def _pair(self, i: int, imagined: Rollout, episode: Episode, success: bool) -> Pair:
-        assert imagined.frames is not None
-        frames, T = imagined.frames[i, :, 0], self.horizon
-        real = episode.frames[: T + 1]
-        return Pair(
-            number=i,
-            real=real,
-            imagined=frames,
-            true_reward=episode.reward[:T],
-            reward=imagined.reward[i],
-            threshold=self.world.config.success_rule(episode.instruction)[0],
-            success=success,
-            reward_success=bool(imagined.success[i]),
-            visual_success=None,
-            psnr=float(np.minimum(psnr(real[1:], frames[1:]), 99).mean()),
-            within=float("nan"),
-            instruction=episode.instruction,
-        )
 
     # ------------------------------------------------------------ judges in its place
 

@@ -24,7 +24,7 @@ import torch
 from worldloop.calibration import crossfit_alignment, fit_reward, held_score, precision_recall
 from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
-from worldloop.engine.world_config import Calibration, TaskRecord, write_world_config
+from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
@@ -353,7 +353,10 @@ class Evaluation:
 
     def write_calibration(self, rows: dict[str, Any]) -> Path:
         """Put the fits into the checkpoint's configuration; its weights stay as they are."""
-        known = {task.env_id: task for task in self.world.config.tasks}
+        changed = replace(
+            self.world.config, reward_threshold=rows["all"]["threshold"],
+            held_frames=rows["all"]["held_frames"],
+        )  # fmt: skip
         for env_id, held_out in self.tasks.items():
             row = rows[env_id]
             fitted = Calibration(
@@ -361,12 +364,7 @@ class Evaluation:
                 row.get("cross_fitted", row["fitted_on_same"]),
                 tuple(thinned(row["precision_recall"], 40)),
             )  # fmt: skip
-            task = known.get(env_id, TaskRecord(env_id, held_out.episodes[0].instruction))
-            known[env_id] = replace(task, calibration=fitted)
-        changed = replace(
-            self.world.config, tasks=tuple(known.values()),
-            reward_threshold=rows["all"]["threshold"], held_frames=rows["all"]["held_frames"],
-        )  # fmt: skip
+            changed = changed.with_rule(env_id, held_out.episodes[0].instruction, fitted)
         return write_world_config(Path(resolve_pretrained(self.config.world)), changed)
 
     # ------------------------------------------------------------ everything

@@ -140,6 +140,12 @@ PRESETS: dict[str, tuple[str, GRPOConfig]] = {
 }
 
 
+def precision_of(config: GRPOConfig) -> torch.autocast:
+    """The context in which world model and policy run."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 class GRPO:
     """The parts of one run, and `step`."""
 
@@ -155,10 +161,7 @@ class GRPO:
         self.actor = actor or policy
         self.actor.coherence = config.coherence
         self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.precision = torch.autocast(
-            torch.device(config.device).type, dtype, enabled=dtype is not torch.float32
-        )
+        self.precision = precision_of(config)
         self.learner = Learner(policy, config.learner, self.precision)
         count = len(starts.instructions)
         held = config.evaluate_starts if config.evaluate_every else 0

@@ -145,13 +145,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def cell(value: dict[str, Any]) -> str:
+    """Success and its interval."""
+    low, high = value["ci95"]
+    return f"{value['success']:.1%} ({low:.1%} – {high:.1%})"
+
+
 def table(document: dict[str, Any]) -> str:
     """The table of the docs, in Markdown."""
-
-    def cell(value: dict[str, Any]) -> str:
-        low, high = value["ci95"]
-        return f"{value['success']:.1%} ({low:.1%} – {high:.1%})"
-
     rows = ["| seed | before | after | gain |", "|---|---|---|---|"]
     for seed in document["seeds"]:
         rows.append(f"| {seed['seed']} | {cell(seed['before'])} | {cell(seed['after'])} | "

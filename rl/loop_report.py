@@ -6,12 +6,12 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from worldloop.config import read_json
 from worldloop.files import atomic_write_text
 from worldloop.ledger import Ledger, Record
 from worldloop.rl.charts import IMAGINED, TRUE, chart
+from worldloop.rl.grpo_report import cell
 from worldloop.rl.pictures import outcome
 from worldloop.rl.report import STYLE, confusion_table
 
@@ -19,11 +19,6 @@ VIDEOS = 8  # embedded at most
 
 
 # ---------------------------------------------------------------- parts of the page
-
-
-def _share(facts: dict[str, Any]) -> str:
-    low, high = facts["ci95"]
-    return f"{facts['success']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _rounds(ledger: Ledger, r: int) -> str:
@@ -40,7 +35,7 @@ def _rounds(ledger: Ledger, r: int) -> str:
         if decision is not None:
             said = "accepted" if decision.facts["accepted"] else "rolled back"
         dropped = f", {facts['dropped']} dropped" if facts["dropped"] else ""
-        rows += (f'<tr><td>{q}</td><td class="number">{_share(facts)}</td>'
+        rows += (f'<tr><td>{q}</td><td class="number">{cell(facts)}</td>'
                  f"<td>{facts['successes']} of {facts['episodes']}{dropped}</td>"
                  f"<td>{said}</td></tr>")  # fmt: skip
     head = "<tr><th>round</th><th>true success</th><th>episodes</th><th></th></tr>"
@@ -159,7 +154,7 @@ def write_report(ledger: Ledger, r: int) -> Path:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Round {r}</title><style>{STYLE}</style></head><body><h1>Round {r}: {said}</h1>"
-        f"<p>{_share(evaluation)} true success over {evaluation['episodes']} unseen start states; "
+        f"<p>{cell(evaluation)} true success over {evaluation['episodes']} unseen start states; "
         f"the best before: {decision['best_before']:.1%}.</p>"
         f"{_rounds(ledger, r)}{_learning(by_stage['improve'], by_stage.get('fine-tune'))}"
         f"{_alarm(by_stage['improve'], ledger.round_folder(r) / 'improve/alarm')}"

@@ -7,7 +7,6 @@ and a sheet of episodes that fooled the world model of round 1, as the last roun
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ from worldloop.cli import parse_config
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
-from worldloop.metrics import psnr, wilson_interval
+from worldloop.metrics import wilson_interval
+from worldloop.rl.grpo_report import cell
 from worldloop.rl.held_out import HeldOut, imagine, load_held_out
 from worldloop.rl.imagine import held_success
 from worldloop.rl.loop import Loop
-from worldloop.rl.pictures import Pair, contact_sheet
+from worldloop.rl.pictures import Pair, contact_sheet, plain_pair
 from worldloop.track import git_commit
 from worldloop.types import Rollout
 
@@ -114,7 +114,7 @@ def fooling(loop: Loop, world: WorldModel) -> HeldOut | None:
         rows = [i for i, e in enumerate(each.episodes)
                 if e.info["imagined_success"] and not held_success(e.reward, held)]  # fmt: skip
         episodes = [*(found.episodes if found else []), *each.pick(rows).episodes]
-        found = dataclasses.replace(each, episodes=episodes)
+        found = replace(each, episodes=episodes)
     return found if found and found.episodes else None
 
 
@@ -138,19 +138,6 @@ def reimagine(loop: Loop, rounds: int) -> tuple[HeldOut | None, dict[str, Rollou
         steps, seed = loop.config.grpo.world_steps, loop.config.seed
         rollouts[name], _ = imagine(world, episodes, episodes.actions, steps, seed)
     return episodes, rollouts
-
-
-def pair(episodes: HeldOut, i: int, rollout: Rollout, said: str, held: int) -> Pair:
-    """A row of the sheet: the episode's truth, and how one world model imagines it."""
-    assert rollout.frames is not None
-    episode, frames = episodes.episodes[i], rollout.frames[i, :, 0]
-    return Pair(
-        number=i, real=episode.frames, imagined=frames, true_reward=episode.reward,
-        reward=rollout.reward[i], threshold=float("nan"),
-        success=held_success(episode.reward, held), reward_success=bool(rollout.success[i]),
-        visual_success=None, within=float("nan"), instruction=said,
-        psnr=float(np.minimum(psnr(episode.frames[1:], frames[1:]), 99).mean()),
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- pictures
@@ -214,9 +201,10 @@ def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
         for i in healed[:each].tolist():
             for name in ("round1", last):
                 said = f"{name[:5]} {name[5:]}, seed {loop.config.seed}"
+                episode = episodes.episodes[i]
                 rows.append(
-                    pair(episodes, i, rollouts[name], said, loop.config.true.held_frames)
-                )  # fmt: skip
+                    plain_pair(i, episode, rollouts[name], i, success=False, instruction=said)
+                )
     for found in tasks.values():
         found["pooled"] = {name: pooled(found["seeds"], name) for name in names}
         found["gain_points"] = {
@@ -238,11 +226,6 @@ def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
 
 def table(document: dict[str, Any]) -> str:
     """The table of the docs, in Markdown."""
-
-    def cell(value: dict[str, Any]) -> str:
-        low, high = value["ci95"]
-        return f"{value['success']:.1%} ({low:.1%} – {high:.1%})"
-
     names = ["base", *document["mean_gain_points"]]
     heads = [f"round {name[5:]}" if name != "base" else name for name in names]
     rows = [f"| task | seed | {' | '.join(heads)} |", "|---" * (2 + len(names)) + "|"]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from worldloop.files import atomic_path
-from worldloop.metrics import Comparison
+from worldloop.metrics import Comparison, psnr
 from worldloop.types import Episode, Rollout
 from worldloop.video import write_video
 
@@ -78,6 +78,30 @@ def pairs_of(
             )
         )
     return pairs
+
+
+def plain_pair(
+    number: int, episode: Episode, rollout: Rollout, row: int, success: bool,
+    threshold: float = float("nan"), instruction: str | None = None,
+) -> Pair:  # fmt: skip
+    """One episode beside a row of a rollout, which may be shorter, without a `Comparison`."""
+    assert rollout.frames is not None
+    T = rollout.reward.shape[1]
+    real, frames = episode.frames[: T + 1], rollout.frames[row, :, 0]
+    return Pair(
+        number=number,
+        real=real,
+        imagined=frames,
+        true_reward=episode.reward[:T],
+        reward=rollout.reward[row],
+        threshold=threshold,
+        success=success,
+        reward_success=bool(rollout.success[row]),
+        visual_success=None,
+        psnr=float(np.minimum(psnr(real[1:], frames[1:]), 99).mean()),
+        within=float("nan"),
+        instruction=episode.instruction if instruction is None else instruction,
+    )
 
 
 def outcome(success: bool) -> str:

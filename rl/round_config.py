@@ -33,7 +33,7 @@ class FineTune:
     save_every: int = 40
     arm_steps: int = 0
     """0: keep the arm of the pretrained world model."""
-    eyes_steps: int = 0
+    pose_head_steps: int = 0
     threads: int = 1
     processes: int = 1
     """Data-parallel processes of this machine."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from worldloop.calibration import crossfit_alignment, fit_reward
+from worldloop.calibration import RewardFit, crossfit_alignment, fit_reward
 from worldloop.config import config_to_dict, read_json
-from worldloop.engine.world_config import Calibration, TaskRecord, write_world_config
+from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
@@ -30,6 +29,7 @@ from worldloop.metrics import outcome_alignment, wilson_interval
 from worldloop.rl.alarm import check_steps, load_check
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.collect import count_episodes
+from worldloop.rl.grpo import precision_of
 from worldloop.rl.held_out import imagine, load_held_out
 from worldloop.rl.imagine import held_success
 from worldloop.rl.jobs import run_job
@@ -163,32 +163,31 @@ def fine_tune(
     return Made({"world": out / "model"}, {**last, **rule, "curve": curve})
 
 
-@torch.inference_mode()
 def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any]:
     """Fit the world model's success rule on episodes of a policy, and write it there.
 
     Where all of them end alike, the rule stays as it is. Returns how the outcomes agree by the
-    rule as it was and by the new one (as a fit on the other half of the episodes has it).
+    model's general rule, and by the fitted one (as a fit on the other half of the episodes has
+    it); the same when it is done again.
     """
-    world = WorldModel.from_pretrained(model)
+    grpo = config.grpo
+    world = WorldModel.from_pretrained(model, device=grpo.device)
     real = load_held_out(episodes, None, world, least=1)
-    real = real.first(len(real.episodes), config.grpo.horizon)
+    real = real.first(len(real.episodes), grpo.horizon)
     true = np.array([held_success(e.reward, config.true.held_frames) for e in real.episodes])
-    rollout, _ = imagine(
-        world, real, real.actions, config.grpo.world_steps, config.seed,
-        max_batch=config.grpo.max_batch,
-    )  # fmt: skip
-    before = outcome_alignment(true, rollout.success)
-    facts: dict[str, Any] = {"agreement_before_fit": before.rate}
+    with precision_of(grpo):
+        rollout, _ = imagine(
+            world, real, real.actions, grpo.world_steps, config.seed, max_batch=grpo.max_batch
+        )
+    general = RewardFit(world.config.reward_threshold, world.config.held_frames, 0.0)
+    before = outcome_alignment(true, general.success(rollout.reward))
+    facts: dict[str, Any] = {"agreement_general_rule": before.rate}
     if true.any() and not true.all():
         fit = fit_reward(rollout.reward, true)
         after = crossfit_alignment(rollout.reward, true, config.seed) or before
+        rule = Calibration(fit.threshold, fit.held_frames, len(true), after.rate)
         said = real.episodes[0].instruction
-        record = TaskRecord(
-            real.env_id, said, Calibration(fit.threshold, fit.held_frames, len(true), after.rate)
-        )
-        others = tuple(task for task in world.config.tasks if task.env_id != real.env_id)
-        write_world_config(model, replace(world.config, tasks=(*others, record)))
+        write_world_config(model, world.config.with_rule(real.env_id, said, rule))
         facts |= {"agreement": after.rate, "threshold": fit.threshold,
                   "reward_held_frames": fit.held_frames}  # fmt: skip
     return facts

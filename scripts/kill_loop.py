@@ -46,7 +46,7 @@ def run_to_end(settings: Path, log: Path) -> float:
 
 def settings_of(home: Path, folder: Path, rounds: int) -> Path:
     """A config file of `worldloop loop` for this folder."""
-    values = {"out": str(folder), "rounds": rounds, "round": config_to_dict(make_home(home))}
+    values = {"out": str(folder), "rounds": rounds, **config_to_dict(make_home(home))}
     path = home / f"{folder.name}.json"
     path.write_text(json.dumps(values))
     return path

@@ -5,8 +5,8 @@ are followed from their true first pose and compared along the whole piece, so t
 what is trained. Episodes that the linear sum gets wrong, which are those with contact, are drawn
 more often.
 
-Then its eyes (`fit_eyes`): on recorded latents beside the poses that the commands of a chunk lead
-to, some of them pushed aside, as those of an imagined episode are.
+Then its pose head (`fit_pose_head`): on recorded latents beside the poses that the commands of a
+chunk lead to, some of them pushed aside, as those of an imagined episode are.
 
 Shape letters: N episodes, T actions, B pieces, P commands.
 """
@@ -14,7 +14,7 @@ Shape letters: N episodes, T actions, B pieces, P commands.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ WORTH = (1 / 0.005,) * 3 + (1 / 0.05,) * 3  # 5 mm weigh as much as 0.05 rad
 BATCH = 64
 PIECE = 32  # actions
 LR = 3e-3
-EYES_BATCH, EYES_LR = 96, 2e-3
+HEAD_BATCH, HEAD_LR = 96, 2e-3
 ASIDE = (0.02,) * 3 + (0.1,) * 3  # metres and radians: how far half of the poses are pushed
 LATENT_NOISE = 0.15  # largest standard deviation: imagined latents are not quite the recorded
 
@@ -77,7 +77,7 @@ def fit_arm(data: EpisodeArrays, episodes: int, steps: int, seed: int = 0) -> Ar
     return arm.eval()
 
 
-def fit_eyes(
+def fit_pose_head(
     arm: Arm,
     parts: Sequence[EpisodeArrays],
     latents: Sequence[npt.NDArray[Any]],
@@ -93,25 +93,25 @@ def fit_eyes(
     told = [told_poses(arm, part) for part in parts]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        seeing = Arm(replace(arm.config, eyes=PoseHeadConfig(C, (H, W))))
+        seeing = Arm(replace(arm.config, pose_head=PoseHeadConfig(C, (H, W))))
         seeing.load_state_dict(arm.state_dict(), strict=False)
-        assert seeing.eyes is not None
+        assert seeing.pose_head is not None
         worth, aside = torch.tensor(WORTH), torch.tensor(ASIDE)
-        optimizer = torch.optim.AdamW(seeing.eyes.parameters(), lr=EYES_LR, weight_decay=1e-3)
+        optimizer = torch.optim.AdamW(seeing.pose_head.parameters(), lr=HEAD_LR, weight_decay=1e-3)
         for step in range(steps):
             fall = 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = EYES_LR * min(1.0, (step + 1) / 100) * fall
+            optimizer.param_groups[0]["lr"] = HEAD_LR * min(1.0, (step + 1) / 100) * fall
             part = int(torch.randint(len(parts), ()))
             z, states = latents[part], parts[part].states
-            rows = torch.randint(len(z) - held_out, (EYES_BATCH,)).numpy()
-            frame = torch.randint(1, z.shape[1], (EYES_BATCH,)).numpy()
+            rows = torch.randint(len(z) - held_out, (HEAD_BATCH,)).numpy()
+            frame = torch.randint(1, z.shape[1], (HEAD_BATCH,)).numpy()
             after = frame * (parts[part].actions.shape[1] // (z.shape[1] - 1))
             latent = torch.from_numpy(np.asarray(z[rows, frame], np.float32))
-            latent += LATENT_NOISE * torch.rand(EYES_BATCH, 1, 1, 1) * torch.randn_like(latent)
+            latent += LATENT_NOISE * torch.rand(HEAD_BATCH, 1, 1, 1) * torch.randn_like(latent)
             pose = torch.from_numpy(told[part][rows, after - 1])
             true = torch.from_numpy(states[rows, after, :MOVES])
-            far = torch.rand(EYES_BATCH, 1) * (torch.rand(EYES_BATCH, 1) < 0.5)
-            mended, read = seeing.seen(latent, pose + torch.randn(EYES_BATCH, MOVES) * aside * far)
+            far = torch.rand(HEAD_BATCH, 1) * (torch.rand(HEAD_BATCH, 1) < 0.5)
+            mended, read = seeing.seen(latent, pose + torch.randn(HEAD_BATCH, MOVES) * aside * far)
             loss = sum(
                 share * F.smooth_l1_loss((made - true) * worth / 2, torch.zeros_like(true))
                 for share, made in ((1.0, mended), (0.3, read))
@@ -125,12 +125,25 @@ def fit_eyes(
 
 def told_poses(arm: Arm, data: EpisodeArrays) -> npt.NDArray[np.float32]:
     """Poses [N,T,6] that the commands of each chunk lead to from its true first pose."""
-    chunk, T = data.action_spec.chunk, data.actions.shape[1]
-    made = [
-        arm.poses(data.actions[:, t : t + chunk], data.states[:, t], data.actions[:, :t])
-        for t in range(0, T, chunk)
-    ]
-    return np.concatenate(made, 1)[..., :MOVES]
+    return chunk_poses(data, arm.poses, lambda end, _: data.states[:, end])[..., :MOVES]
+
+
+def chunk_poses(
+    data: EpisodeArrays,
+    to_poses: Callable[..., npt.NDArray[np.float32]],
+    go_on: Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+) -> npt.NDArray[np.float32]:
+    """Poses [N,T,A] after each action, by the commands alone within a chunk.
+
+    go_on: from an action's number, at which a chunk ends, and the poses [N,A] there, to the poses
+    that the next chunk starts from.
+    """
+    pose, made = data.states[:, 0], []
+    for begin in range(0, data.actions.shape[1], data.action_spec.chunk):
+        actions = data.actions[:, begin : begin + data.action_spec.chunk]
+        made.append(to_poses(actions, pose, data.actions[:, :begin]))
+        pose = go_on(begin + actions.shape[1], made[-1][:, -1])
+    return np.concatenate(made, 1)
 
 
 def position_error(poses_NTA: npt.NDArray[np.float32], states: npt.NDArray[np.float32]) -> float:

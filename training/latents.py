@@ -27,6 +27,7 @@ from worldloop.engine.arm import Arm
 from worldloop.engine.formats.wan import from_diffusers_vae, load_wan_vae
 from worldloop.engine.light_vae import LightVAE, load_autoencoder
 from worldloop.engine.vae import WanVAE
+from worldloop.training.arm import chunk_poses
 from worldloop.training.common import autocast
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
 from worldloop.types import ActionSpec
@@ -212,21 +213,16 @@ def rollout_poses(data: EpisodeArrays, arm: Arm | None, latents: Half) -> Float:
     Chunk after chunk: from the first pose by the commands alone, at each chunk's end mended by
     what its latents [N,F,C,H,W] show.
     """
-    spec, T = data.action_spec, data.actions.shape[1]
-    per_latent = T // (latents.shape[1] - 1)
-    pose, poses = data.states[:, 0], []
-    for begin in range(0, T, spec.chunk):
-        past = data.actions[:, :begin]
-        actions = data.actions[:, begin : begin + spec.chunk]
-        to_poses = spec.to_absolute if arm is None else arm.poses
-        poses.append(to_poses(actions, pose, past))
-        pose = poses[-1][:, -1].copy()
-        end = (begin + actions.shape[1]) // per_latent
-        if arm is not None and arm.eyes is not None:
-            for some in np.array_split(np.arange(len(data)), -(-len(data) // 256)):
-                seen = torch.from_numpy(np.asarray(latents[some, end], np.float32))
-                pose[some] = arm.look(seen, pose[some])
-    return np.concatenate(poses, 1)
+    per_latent = data.actions.shape[1] // (latents.shape[1] - 1)
+
+    def look(end: int, poses_NA: Float) -> Float:
+        if arm is None or arm.pose_head is None:
+            return poses_NA
+        parts = np.array_split(np.arange(len(poses_NA)), -(-len(poses_NA) // 256))
+        seen = (torch.from_numpy(latents[some, end // per_latent]) for some in parts)
+        return np.concatenate([arm.look(z, poses_NA[some]) for z, some in zip(seen, parts)])
+
+    return chunk_poses(data, data.action_spec.to_absolute if arm is None else arm.poses, look)
 
 
 def normalised(poses_NTA: Float, spec: ActionSpec) -> Float:

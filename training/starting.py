@@ -23,7 +23,7 @@ from worldloop.engine.dit_config import PRESETS, DiTConfig
 from worldloop.engine.formats.cosmos import infer_config, read_cosmos, strip_cosmos
 from worldloop.engine.world_model import WorldModelConfig
 from worldloop.errors import UserError
-from worldloop.training.arm import fit_arm, fit_eyes, position_error
+from worldloop.training.arm import fit_arm, fit_pose_head, position_error
 from worldloop.training.common import Workers
 from worldloop.training.data import EpisodeArrays, pool_paths
 from worldloop.training.latents import rollout_poses
@@ -148,8 +148,10 @@ def arm_of(
                 sum(map(len, parts)) - config.held_out * len(parts),
                 config.arm_steps, config.seed,
             )  # fmt: skip
-        if config.eyes_steps:
-            arm = fit_eyes(arm, parts, latents, config.held_out, config.eyes_steps, config.seed)
+        if config.pose_head_steps:
+            arm = fit_pose_head(
+                arm, parts, latents, config.held_out, config.pose_head_steps, config.seed
+            )
         print(off_at_the_end(arm, parts, latents, config.held_out))
         save_checkpoint(folder, {"arm": arm.state_dict()}, config_to_dict(arm.config), kind="arm")
     workers.barrier()

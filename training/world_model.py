@@ -112,7 +112,7 @@ class WorldModelTraining:
     arm_steps: int = 10_000
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
-    eyes_steps: int = 4000
+    pose_head_steps: int = 4000
     """Steps of fitting what reads the hand's pose from latents at the end of each chunk; 0: none,
     or those of `init` where its arm is kept."""
     sample_every: int = 500
@@ -125,7 +125,7 @@ class WorldModelTraining:
         for name in ("steps", "batch", "threads", "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
-        for name in ("sample_every", "arm_steps", "eyes_steps"):
+        for name in ("sample_every", "arm_steps", "pose_head_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):

@@ -58,12 +58,12 @@ def test_the_world_model_is_told_the_corrected_poses(small, monkeypatch):
 
 
 def seeing_world(small) -> WorldModel:
-    """Eyes that change every pose."""
+    """With a pose head that changes every pose."""
     channels = small.config_of().dit.latent_channels
-    eyes = PoseHeadConfig(channels, (4, 4), width=8, hidden=8)
-    world = small.world_of(arm=ArmConfig(past=3, width=16, eyes=eyes))
+    head = PoseHeadConfig(channels, (4, 4), width=8, hidden=8)
+    world = small.world_of(arm=ArmConfig(past=3, width=16, pose_head=head))
     world.arm.load_state_dict(arm_of(small, True).state_dict(), strict=False)
-    small.randomise(world.arm.eyes)
+    small.randomise(world.arm.pose_head)
     return world
 
 
@@ -82,10 +82,13 @@ def test_each_chunk_starts_from_the_pose_that_is_seen(small):
         past = actions[:, begin : begin + 8]
 
 
-def test_eyes_are_part_of_the_checkpoint(small, tmp_path):
+def test_the_pose_head_is_part_of_the_checkpoint(small, tmp_path):
     world = seeing_world(small)
     again = WorldModel.from_pretrained(world.save(tmp_path / "world"), dtype=torch.bfloat16)
-    latent, pose = torch.randn(2, again.arm.config.eyes.latent_channels, 4, 4), small.poses_of(2)
+    latent, pose = (
+        torch.randn(2, again.arm.config.pose_head.latent_channels, 4, 4),
+        small.poses_of(2),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         seen = again.arm.look(latent, pose)
     np.testing.assert_array_equal(seen, world.arm.look(latent, pose))

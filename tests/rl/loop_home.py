@@ -82,24 +82,25 @@ def small_policy(seed: int = 0) -> VLAPolicy:
 
 
 def write_pool(
-    root: Path, env_id: str = "world", horizon: int = HORIZON, spread: float = 0.2
-) -> Path:
+    root: Path, env_id: str = "world", horizon: int = HORIZON, spread: float = 0.2,
+    success: bool | None = None,
+) -> Path:  # fmt: skip
     """Nine recorded episodes of noise: where episodes begin, and SANS data to start with.
 
-    spread: metres between their poses.
+    spread: metres between their poses. success: how all end; None: every second one succeeds.
     """
     meta = DatasetMeta(SPEC, env_id, {"name": "world"}, horizon, 32)
     rng = np.random.default_rng(1)
     episodes = []
     for i in range(POOL):
-        success = bool(i % 2)
+        solved = bool(i % 2) if success is None else success
         episodes.append(
             Episode(
                 frames=rng.integers(0, 256, (horizon + 1, 32, 32, 3), np.uint8),
                 actions=rng.uniform(-1, 1, (horizon, 7)).astype(np.float32),
                 states=rng.normal(0, spread, (horizon + 1, 7)).astype(np.float32),
-                reward=np.append(np.zeros(horizon - 1), success).astype(np.float32),
-                instruction="do it", env_id=env_id, seed=i, success=success, info={"sim_seed": i},
+                reward=np.append(np.zeros(horizon - 1), solved).astype(np.float32),
+                instruction="do it", env_id=env_id, seed=i, success=solved, info={"sim_seed": i},
             )
         )  # fmt: skip
     EpisodeWriter(root, meta).add(episodes)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # child processes look for loop_
 from loop_home import HORIZON, make_home, triple, write_pool
 
 import worldloop
+from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import exclusive
@@ -36,7 +37,7 @@ from worldloop.rl.jobs import run_job
 from worldloop.rl.loop import STAGES, Loop, main
 from worldloop.rl.loop_results import main as report
 from worldloop.rl.round_config import PRESETS, RoundConfig
-from worldloop.rl.stages import Waiting, collect, decide
+from worldloop.rl.stages import Waiting, calibrate, collect, decide
 from worldloop.rl.true_env import TrueEnv
 
 
@@ -122,6 +123,24 @@ def test_the_facade_and_presets():
     assert worldloop.Loop is Loop and worldloop.RoundConfig is RoundConfig
     for _, config in PRESETS.values():
         assert config.grpo.alarm.every > 0 and config.true.env == "PushCube-v1"
+
+
+def test_the_success_rule_is_fitted_on_the_rounds_own_episodes(finished, tmp_path):
+    home, config = finished
+    shutil.copytree(home / "world", tmp_path / "world")
+    before = WorldModel.from_pretrained(tmp_path / "world").config
+    facts = calibrate(config, tmp_path / "world", home / "pool")
+    after = WorldModel.from_pretrained(tmp_path / "world").config
+    assert after.success_rule("do it") == (facts["threshold"], facts["reward_held_frames"])
+    assert after.success_rule("something else") == before.success_rule()
+    # A kill after the rule was written must not change the record.
+    assert calibrate(config, tmp_path / "world", home / "pool") == facts
+    # What ends alike tells nothing of a threshold.
+    alike = write_pool(tmp_path / "alike", success=False)
+    shutil.rmtree(tmp_path / "world")
+    shutil.copytree(home / "world", tmp_path / "world")
+    assert set(calibrate(config, tmp_path / "world", alike)) == {"agreement_general_rule"}
+    assert WorldModel.from_pretrained(tmp_path / "world").config == before
 
 
 def test_loops_are_reported_together(finished, tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop.training.arm import fit_arm, fit_eyes, position_error
+from worldloop.training.arm import fit_arm, fit_pose_head, position_error
 from worldloop.training.data import EpisodeArrays, fit_action_spec
 from worldloop.training.latents import rollout_poses
 from worldloop.types import ActionSpec
@@ -95,7 +95,7 @@ def test_what_no_command_tells_is_seen():
     data, unseen = stopped(episodes(128, 0), 0), stopped(episodes(64, 1), 1)
     arm = fit_arm(data, len(data), steps=200)
     blind = position_error(rollout_poses(unseen, arm, latents_of(unseen)), unseen.states)
-    seeing = fit_eyes(arm, [data], [latents_of(data)], held_out=8, steps=500)
+    seeing = fit_pose_head(arm, [data], [latents_of(data)], held_out=8, steps=500)
     mended = position_error(rollout_poses(unseen, seeing, latents_of(unseen)), unseen.states)
     assert blind > 0.1
     assert mended < blind / 2
@@ -103,11 +103,11 @@ def test_what_no_command_tells_is_seen():
         assert torch.equal(seeing.state_dict()[name], tensor), name
 
 
-def test_eyes_do_not_see_the_last_episodes_and_a_seed_repeats():
+def test_the_pose_head_never_sees_the_last_episodes_and_a_seed_repeats():
     data = episodes(12, 0)
     arm = fit_arm(data, 8, steps=2)
     z, changed = latents_of(data), latents_of(data)
     changed[8:] = 1
-    one, two = (fit_eyes(arm, [data], [each], held_out=4, steps=3) for each in (z, changed))
+    one, two = (fit_pose_head(arm, [data], [each], held_out=4, steps=3) for each in (z, changed))
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name

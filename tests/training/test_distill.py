@@ -34,7 +34,7 @@ def teacher(push, stack, autoencoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     config = world_model.WorldModelTraining(
         data=(push, stack), autoencoder=autoencoder, out=out, width=48, depth=2, steps=1, batch=2,
-        held_out=1, sample_every=0, precision="fp32", device="cpu", arm_steps=2, eyes_steps=2,
+        held_out=1, sample_every=0, precision="fp32", device="cpu", arm_steps=2, pose_head_steps=2,
     )  # fmt: skip
     world = WorldModel.from_pretrained(world_model.train(config))
     generator = torch.Generator().manual_seed(5)

@@ -42,7 +42,7 @@ def training(data: tuple[Path, ...], autoencoder: Path, out: Path, **changes):
     return world_model.WorldModelTraining(**{
         "data": data, "autoencoder": autoencoder, "out": out, "width": 48, "depth": 1, "steps": 4,
         "batch": 3, "save_every": 2, "held_out": 1, "sample_every": 0, "precision": "fp32",
-        "device": "cpu", "arm_steps": 0, "eyes_steps": 0, **changes,
+        "device": "cpu", "arm_steps": 0, "pose_head_steps": 0, **changes,
     })  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_a_mixture_counts_tasks_alike_and_keeps_one_horizon(push, stack, pull, a
 
 
 def test_a_mixture_is_trained_recorded_and_fine_tuned(push, stack, autoencoder, tmp_path):
-    config = training((push, stack), autoencoder, tmp_path / "a", arm_steps=3, eyes_steps=3)
+    config = training((push, stack), autoencoder, tmp_path / "a", arm_steps=3, pose_head_steps=3)
     world = WorldModel.from_pretrained(world_model.train(config))
     assert world.config.env_ids == ("PushCube-v1", "StackCube-v1")
     assert [t.instruction for t in world.config.tasks] == ["do PushCube-v1", "do StackCube-v1"]
@@ -240,7 +240,7 @@ def test_a_gpu_trains_and_resumes(push, stack, autoencoder, tmp_path):
     for steps in (4, 8):
         folder = world_model.train(training(
             (push, stack), autoencoder, tmp_path, device="cuda", precision="bf16", steps=steps,
-            checkpoint_blocks=True, sample_every=4, arm_steps=2, eyes_steps=2,
+            checkpoint_blocks=True, sample_every=4, arm_steps=2, pose_head_steps=2,
         ))  # fmt: skip
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
@@ -306,7 +306,7 @@ out, data, autoencoder, fsdp, steps, again = sys.argv[1:]
 world_model.train(world_model.WorldModelTraining(
     data=(Path(data),), autoencoder=Path(autoencoder), out=Path(out), width=48, depth=2,
     steps=int(steps), batch=2, save_every=2, held_out=1, sample_every=3, precision="fp32",
-    device="cpu", arm_steps=2, eyes_steps=2, fsdp=fsdp == "fsdp",
+    device="cpu", arm_steps=2, pose_head_steps=2, fsdp=fsdp == "fsdp",
     checkpoint_blocks=again == "again"))
 """
 

@@ -113,7 +113,7 @@ def training_config(dataset: Path, autoencoder: Path, out: Path, **changes):
     return world_model.WorldModelTraining(**{
         "data": (dataset,), "autoencoder": autoencoder, "out": out, "width": 48, "depth": 1,
         "steps": 6, "batch": 2, "save_every": 2, "held_out": 2, "sample_every": 0,
-        "precision": "fp32", "device": "cpu", "arm_steps": 2, "eyes_steps": 2, **changes,
+        "precision": "fp32", "device": "cpu", "arm_steps": 2, "pose_head_steps": 2, **changes,
     })  # fmt: skip
 
 
@@ -496,7 +496,7 @@ out, data, autoencoder = map(Path, sys.argv[1:])
 world_model.train(world_model.WorldModelTraining(
     data=(data,), autoencoder=autoencoder, out=out, width=48, depth=1, steps=3, batch=1,
     save_every=2, held_out=2, sample_every=3, precision="fp32", device="cpu", arm_steps=2,
-    eyes_steps=2))
+    pose_head_steps=2))
 digest = hashlib.sha256()
 for tensor in kept[0].state_dict().values():
     digest.update(tensor.numpy().tobytes())
