@@ -44,8 +44,11 @@ NAMES = ("auto", "products", "sdpa", "cudnn", "flash", "xformers", "triton")
 def _products(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     # torch's CPU flash attention leaves the bf16 matrix units idle: forward and backward of
     # 384 queries on 832 keys took 55 ms of one core there, 24 ms as two plain products.
-    scores = torch.matmul(q_BhNK * q_BhNK.shape[-1] ** -0.5, k_BhMK.transpose(-1, -2))
-    return torch.matmul(torch.softmax(scores, dim=-1), v_BhMK)
+    # Autocast would take the softmax to fp32 and back; its kernel sums in fp32 as it is.
+    with torch.autocast(q_BhNK.device.type, enabled=False):
+        k, v = k_BhMK.to(q_BhNK.dtype), v_BhMK.to(q_BhNK.dtype)
+        scores = torch.matmul(q_BhNK * q_BhNK.shape[-1] ** -0.5, k.transpose(-1, -2))
+        return torch.matmul(torch.softmax(scores, dim=-1), v)
 
 
 def _sdpa(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A verb is a name and a lazy "module:function"; nothing heavy is imported before 
 verb is known.  Each function takes the remaining arguments and returns an exit code.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from worldloop.errors import UserError
 from worldloop.registry import load
 
 T = TypeVar("T")
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 VERBS: dict[str, tuple[str, str]] = {
     "collect": ("worldloop.rl.collect:main", "collect episodes in a simulator"),
@@ -121,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         args[0] = "version"
     try:
+        keep_freed_memory()
         verb, rest = find_verb(args)
         function = cast(Callable[[list[str]], int], load(VERBS[verb][0]))
         return function(rest)
@@ -136,6 +140,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"worldloop: error: {message}", file=sys.stderr)
         return 2
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, in place of handing every large block back to the kernel.
+
+    Otherwise each layer's activations fault their pages in anew: a GRPO step of `tiny` took 32 s
+    of one core instead of 27. Resident memory stays at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "MALLOC_MMAP_MAX_" not in os.environ:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(option, value)
 
 
 def _one_line(error: Exception) -> str | None:

@@ -115,11 +115,16 @@ def crop_centre(frames_BHW3: Pictures, size: int, area: float = CROP_AREA) -> Pi
 
 
 def _apply(rows_SH: _Floats, columns_SW: _Floats, frames_BHW3: npt.NDArray[Any]) -> _Floats:
-    """A separable linear resize."""
+    """A separable linear resize.
+
+    By torch, which keeps to the threads it was told: numpy's would take every core, and wait for
+    those that another process has (266 ms instead of 8 for 16 frames, beside one busy process).
+    """
     B, H, W, C = frames_BHW3.shape
-    half = rows_SH @ frames_BHW3.reshape(B, H, W * C)  # [B,S,W*C]
-    half = half.reshape(B, -1, W, C)
-    return np.asarray(columns_SW @ half)  # [S,W] @ [B,S,W,C]
+    rows, columns = torch.from_numpy(rows_SH), torch.from_numpy(columns_SW)
+    x = torch.from_numpy(np.ascontiguousarray(frames_BHW3, np.float64))
+    half = (rows @ x.reshape(B, H, W * C)).reshape(B, -1, W, C)
+    return (columns @ half).numpy()  # [S,W] @ [B,S,W,C]
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from worldloop.engine import attention
 from worldloop.errors import UserError
 
 
@@ -59,6 +60,8 @@ def _rotate(x_BhSK: Tensor, rope: Tensor) -> Tensor:
 
 def attend(q_BhSK: Tensor, k_BhSK: Tensor, v_BhSK: Tensor, keys_B11S: Tensor | None) -> Tensor:
     """Every token sees every key that `keys_B11S` does not hide; [B,h,S,K]."""
+    if keys_B11S is None:
+        return attention.attend(q_BhSK, k_BhSK, v_BhSK)
     return F.scaled_dot_product_attention(q_BhSK, k_BhSK, v_BhSK, attn_mask=keys_B11S)
 
 
@@ -78,6 +81,7 @@ class LlamaAttention(nn.Module):
             proj(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        rope = rope.to(q.dtype)  # under autocast it is fp32, and would make q and k so
         q, k = _rotate(q, rope), _rotate(k, rope)
         out = self.attend(q, k, v, keys_B11S)
         return self.o_proj(out.transpose(1, 2).flatten(2))
