@@ -199,3 +199,27 @@ def test_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
         load("plugin:X")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_verbs_keep_freed_memory_unless_the_user_chose() -> None:
+    # A block of 64 MB, freed and taken again: new pages mean page faults, 4 KB each.
+    code = (
+        "import resource, ctypes; from worldloop import cli; cli.main(['version']);"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
+        "libc.free.argtypes = [ctypes.c_void_p]; size = 64 << 20\n"
+        "def touch():\n"
+        "    block = libc.malloc(ctypes.c_size_t(size)); ctypes.memset(block, 1, size)\n"
+        "    libc.free(block); return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "first = touch(); print('faults', touch() - first)"
+    )
+
+    def faults(**environment: str) -> int:
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        return int(result.stdout.split("faults")[1])
+
+    assert faults() < 100
+    assert faults(MALLOC_MMAP_MAX_="65536") > 10_000

@@ -45,6 +45,19 @@ def test_equals_the_reference_on_a_cpu(name, dtype, tolerance):
     assert error(out, reference(q, k, v)) < tolerance
 
 
+def test_products_stay_in_bf16_under_autocast_and_learn():
+    q, k, v = (t.requires_grad_() for t in inputs(2, 3, 17, 29, 24))
+    reference(q, k, v).square().sum().backward()
+    expected = [t.grad for t in (q, k, v)]
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k)] + [v.detach().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(*half)  # keys and values may come from a cache of another dtype
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    for tensor, gradient in zip(half, expected, strict=True):
+        assert error(tensor.grad, gradient) < 2e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(2, 4, 384, 832, 64), (1, 16, 256, 256, 128)])
