@@ -26,6 +26,7 @@ from torch import Tensor
 
 from worldloop.bench import timing
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.agreement import Gate, Imagined, agreement, imagine
 from worldloop.engine.backends import BACKENDS, wrap_world
 from worldloop.engine.fp8 import LAYERS, has_fp8_units, quantize_fp8, quantized_share
@@ -78,7 +79,7 @@ class AgreementBench:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        timing.positive(self, "count", "batch", "repeats", "threads")
+        positive(self, "count", "batch", "repeats", "threads")
         if self.compare == "decoder" and self.decoder is None:
             raise UserError("--compare decoder needs --decoder: a folder of `train decoder`")
         if self.backend not in BACKENDS:

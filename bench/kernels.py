@@ -21,6 +21,7 @@ import torch
 from worldloop.bench import timing
 from worldloop.bench.timing import Ceilings, Times, kernel_seconds
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
 from worldloop.kernels.op import HAS_TRITON, Case, Op
@@ -45,7 +46,7 @@ class KernelBench:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        timing.positive(self, "repeats", "rounds", "threads")
+        positive(self, "repeats", "rounds", "threads")
         if self.op is not None and self.op not in OPS:
             raise UserError(f"op is {self.op!r}; known: {', '.join(OPS)}")
 

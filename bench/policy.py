@@ -19,6 +19,7 @@ import torch
 
 from worldloop.bench import timing
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vision import ViTConfig
@@ -45,7 +46,7 @@ class PolicyBench:
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        timing.positive(self, "batch", "repeats", "threads")
+        positive(self, "batch", "repeats", "threads")
 
 
 def vit_flops(config: ViTConfig) -> int:

@@ -37,6 +37,7 @@ from worldloop.bench.parts import Parts, engine_shares
 from worldloop.bench.published import PublishedDiT
 from worldloop.bench.worlds import bench_world, check_preset, default_preset
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.backends import BACKENDS, wrap_world
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
@@ -85,7 +86,7 @@ class RolloutBench:
                 raise UserError(f"arms: {name!r} is unknown; known: {', '.join(ARMS)}")
         if self.backend is not None and ":" not in self.backend and self.backend not in BACKENDS:
             raise UserError(f"backend is {self.backend!r}; known: {', '.join(BACKENDS)}")
-        timing.positive(self, "rounds", "per_round", "threads", "shares_batch")
+        positive(self, "rounds", "per_round", "threads", "shares_batch")
         if min((*self.reference_batches, *self.batches)) < 1:
             raise UserError("reference_batches and batches must be at least 1")
 

@@ -340,11 +340,3 @@ def write(folder: Path, name: str, found: Mapping[str, Any]) -> Path:
     path = folder / f"{name}-{where}.json"
     atomic_write_text(path, json.dumps(found, indent=2) + "\n")
     return path
-
-
-def positive(config: Any, *names: str) -> None:
-    """Raise UserError naming a field that is below 1."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; must be at least 1")

@@ -31,6 +31,7 @@ from worldloop.bench.worlds import (
     randomise,
 )
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.dit import DiT
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.world_config import WorldModelConfig
@@ -65,7 +66,7 @@ class TrainBench:
 
     def __post_init__(self) -> None:
         check_preset(self.preset)
-        timing.positive(self, "batch", "chunks", "repeats", "threads")
+        positive(self, "batch", "chunks", "repeats", "threads")
 
 
 def synthetic_batch(

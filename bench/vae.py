@@ -25,6 +25,7 @@ from worldloop.bench.worlds import (
     vae_work,
 )
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
@@ -53,7 +54,7 @@ class VAEBench:
 
     def __post_init__(self) -> None:
         check_preset(self.preset)
-        timing.positive(self, "repeats", "threads", "window")
+        positive(self, "repeats", "threads", "window")
         if min(self.batches) < 1:
             raise UserError("batches must be at least 1")
 

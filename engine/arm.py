@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldloop.errors import UserError
+from worldloop.config import positive
 
 Float = npt.NDArray[np.float32]
 MOVES = 6  # x y z, rotation vector; the gripper is where it is told to be
@@ -83,9 +83,7 @@ class ArmConfig:
     pose_head: PoseHeadConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("past", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"arm.{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "past", "width", where="arm.")
 
 
 class Arm(nn.Module):

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worldloop.config import read_json
+from worldloop.config import positive, read_json
 from worldloop.engine.policy.base import Policy
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.sampler import derive_seed
@@ -75,9 +75,7 @@ class AlarmConfig:
         for name in ("every", "again", "videos"):
             if getattr(self, name) < 0:
                 raise UserError(f"alarm.{name} is {getattr(self, name)}; must be at least 0")
-        for name in ("episodes", "window", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"alarm.{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "episodes", "window", "processes", where="alarm.")
         if not 0 <= self.limit <= 1:
             raise UserError(f"alarm.limit is {self.limit}; expected 0 .. 1")
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
@@ -88,9 +88,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.grpo_steps < 0:
             raise UserError(f"grpo_steps is {self.grpo_steps}; must be at least 0")
-        for name in ("threads", "reference_batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "threads", "reference_batch", "repeats")
         if self.count is not None and self.count < 2:
             raise UserError(f"count is {self.count}; must be at least 2 (actions are exchanged)")
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
@@ -189,11 +189,7 @@ class EvaluateConfig:
     """Of the policy and the world model."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "held_frames", "threads", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
-        if self.rows is not None and self.rows < 1:
-            raise UserError(f"rows is {self.rows}; must be at least 1")
+        positive(self, "episodes", "held_frames", "threads", "processes", "rows")
         for name in ("first_seed", "seed", "temperature"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. {2**31 - 1}")

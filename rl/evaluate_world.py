@@ -24,6 +24,7 @@ import torch
 from worldloop.calibration import crossfit_alignment, fit_reward, held_score, precision_recall
 from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
@@ -105,9 +106,7 @@ class EvaluateWorldConfig:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("frames", "batch", "threads", "long_frames"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "frames", "batch", "threads", "long_frames")
         for name in ("novel", "long", "steps_count"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0, or 2 and more")

@@ -34,6 +34,7 @@ import torch
 
 from worldloop.checkpoint import load_training_state, save_training_state
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
@@ -106,9 +107,7 @@ class GRPOConfig:
     """How the world model is run (`engine.backends`): eager, compiled, cudagraph, tensorrt ..."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups", "rounds", "max_batch", "threads", "keep_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "steps", "groups", "rounds", "max_batch", "threads", "keep_every")
         if self.group_size < 2:
             raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
         if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:

@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
-from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.metrics import Alignment, outcome_alignment
 from worldloop.rl.held_out import load_held_out
@@ -49,9 +48,7 @@ class ImagineConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "group_size", "threads")
 
 
 def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from worldloop.config import positive
 from worldloop.errors import UserError
 from worldloop.track import Progress
 
@@ -59,9 +60,7 @@ class JudgeConfig:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"judge url is {self.url!r}; expected http(s)://HOST:PORT/v1")
-        for name in ("frames", "scale", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"judge {name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "frames", "scale", "workers", where="judge ")
         if self.seconds <= 0:
             raise UserError(f"judge seconds is {self.seconds}; must be positive")
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from worldloop.config import positive
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.errors import UserError
 from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
@@ -56,9 +57,7 @@ class LearnerConfig:
             )
         if not 0 <= self.cooldown <= 1:
             raise UserError(f"cooldown is {self.cooldown}; expected 0 .. 1")
-        for name in ("mini_batch", "micro_batch", "epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "mini_batch", "micro_batch", "epochs")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.errors import UserError
 from worldloop.ledger import text_sha256
 from worldloop.rl.alarm import AlarmConfig
@@ -76,9 +76,7 @@ class RoundConfig:
     """Seconds an episode may take before its simulator is started anew."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "evaluations", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "episodes", "evaluations", "processes")
         if self.limit_s <= 0:
             raise UserError(f"limit_s is {self.limit_s}; expected more than 0 seconds")
         if self.temperature < 0:

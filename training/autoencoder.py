@@ -31,6 +31,7 @@ from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
     Clock,
+    TrainingOptions,
     autocast,
     device_for,
     learning_rate,
@@ -42,13 +43,12 @@ from worldloop.training.data import EpisodeArrays, load_mixture, object_weight
 SAME_VIEW = 0.03  # mean difference of two backgrounds, scale [-1,1], below which they are one
 
 
-@dataclass(frozen=True)
-class AutoencoderConfig:
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(TrainingOptions):
     """Train the light autoencoder; run it again to resume."""
 
     data: tuple[Path, ...]
     """Dataset folders. Tasks count alike, however many episodes they have."""
-    out: Path
     preset: str = "tiny"
     steps: int = 12_000
     batch: int = 16
@@ -60,14 +60,8 @@ class AutoencoderConfig:
     latent_noise: float = 0.08
     """Standard deviation of the noise on latents, in units of their own."""
     ema: float = 0.998
-    held_out: int = 32
-    """Last episodes of each dataset, never trained on."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
     save_every: int = 250
     init: Path | None = None
     """Start from this autoencoder checkpoint; cameras that it does not know are added."""
@@ -75,11 +69,9 @@ class AutoencoderConfig:
     """Tune the decoder only: latents, and every world model trained on them, stay valid."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "threads", "save_every", "held_out"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
         if self.freeze_encoder and self.init is None:
             raise UserError("freeze_encoder needs init: an encoder to keep")
 

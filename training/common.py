@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from worldloop.checkpoint import load_into, load_training_state, save_training_state
+from worldloop.config import positive
 from worldloop.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What every trainer can be told; each adds its own options."""
+
+    out: Path
+    """Run folder: config.json, metrics.jsonl, state, model."""
+    steps: int
+    batch: int
+    held_out: int = 32
+    """Last episodes of each dataset, never trained on."""
+    seed: int = 0
+    threads: int = 1
+    device: str = "auto"
+    precision: str = "auto"
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch", "held_out", "threads", "save_every")
 
 
 def device_for(name: str) -> torch.device:

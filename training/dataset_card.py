@@ -28,6 +28,7 @@ import tyro
 from PIL import Image
 
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text, new_folder
@@ -109,8 +110,7 @@ def _open(path: Path) -> EpisodeDataset:
 
 def inspect(config: InspectConfig) -> int:
     """Print the facts of a dataset; write the contact sheet asked for."""
-    if config.rows < 1:
-        raise UserError(f"rows is {config.rows}; must be at least 1")
+    positive(config, "rows")
     dataset = _open(config.data)
     meta, spec = dataset.meta, dataset.meta.action_spec
     files = [f for part in ("meta", "data", "videos") for f in (config.data / part).rglob("*")]

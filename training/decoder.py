@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.light_decoder import PRESETS, LightDecoder
 from worldloop.engine.vae import Autoencoder
 from worldloop.engine.world_model import WorldModel
@@ -26,6 +27,7 @@ from worldloop.training.autoencoder import median_background, psnr_of
 from worldloop.training.common import (
     EMA,
     Clock,
+    TrainingOptions,
     autocast,
     device_for,
     learning_rate,
@@ -35,12 +37,11 @@ from worldloop.training.common import (
 from worldloop.training.data import EpisodeArrays, load_arrays
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(TrainingOptions):
     """Distil the decoder of a world model's autoencoder; run it again to resume."""
 
     data: Path
-    out: Path
     world: str = "tiny"
     """Shipped preset, checkpoint folder or hub id of the world model with the teacher."""
     preset: str = "tiny"
@@ -54,22 +55,15 @@ class DecoderConfig:
     latent_noise: float = 0.15
     """Largest standard deviation of the noise on latents (which have unit scale)."""
     ema: float = 0.995
-    held_out: int = 32
-    """Last episodes of the dataset, never trained on."""
     limit: int | None = None
     """Use only the first episodes of the dataset."""
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
     save_every: int = 250
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "latents")
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "latents", "threads", "save_every", "held_out"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
 
 
 def clips_of(data: EpisodeArrays, episodes: np.ndarray, starts: np.ndarray, frames: int) -> Tensor:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from worldloop.checkpoint import load_into, resolve_pretrained
 from worldloop.cli import parse_config
+from worldloop.config import positive
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import KV, DiT
 from worldloop.engine.reward import RewardHead
@@ -52,7 +53,15 @@ from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.track import Run
-from worldloop.training.common import EMA, Clock, autocast, device_for, load_state, save_state
+from worldloop.training.common import (
+    EMA,
+    Clock,
+    TrainingOptions,
+    autocast,
+    device_for,
+    load_state,
+    save_state,
+)
 from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, latent_cache
 from worldloop.training.optimizer import MuonAdamW
@@ -62,15 +71,14 @@ from worldloop.training.world_loss import Trainee, edm_weight
 History = list[KV]  # one (keys, values) a block
 
 
-@dataclass(frozen=True)
-class DistillConfig:
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainingOptions):
     """Turn a world model into one of few steps, on its own rollouts; run it again to resume."""
 
     world: Path
     """Checkpoint folder of the teacher, or a shipped name; the student starts from it."""
     data: tuple[Path, ...]
     """Dataset folders: first frames, actions and true latents."""
-    out: Path
     steps: int = 600
     batch: int = 8
     students: tuple[int, ...] = (4, 2, 1)
@@ -90,20 +98,13 @@ class DistillConfig:
     motion_weight: float = 2.0
     object_weight: float = 12.0
     reward_weight: float = 0.5
-    held_out: int = 32
-    """Last episodes of each dataset, never trained on."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "teacher_steps", "threads", "save_every", "held_out"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        super().__post_init__()
+        positive(self, "teacher_steps")
         for name in ("truth", "late"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. 1")

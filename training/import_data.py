@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
-from worldloop.config import read_json
+from worldloop.config import positive, read_json
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import new_folder
@@ -76,9 +76,7 @@ class ImportConfig:
     crf: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "held", "shard"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "horizon", "held", "shard")
         if self.image_size % 16 or self.image_size < 16:
             raise UserError(f"image_size is {self.image_size}; expected a multiple of 16")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.errors import UserError
 from worldloop.metrics import Alignment, outcome_alignment
 from worldloop.outcome import OutcomeClassifier, OutcomeNet
@@ -47,9 +47,7 @@ class OutcomeTraining:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "held_out", "threads", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "steps", "batch", "held_out", "threads", "width")
         if not 0 <= self.settled_share <= 1:
             raise UserError(f"settled_share is {self.settled_share}; expected 0 .. 1")
 

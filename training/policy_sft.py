@@ -29,6 +29,7 @@ from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
     Clock,
+    TrainingOptions,
     autocast,
     device_for,
     learning_rate,
@@ -41,12 +42,11 @@ from worldloop.training.towers import load_towers
 from worldloop.types import ActionSpec
 
 
-@dataclass(frozen=True)
-class PolicyTraining:
+@dataclass(frozen=True, kw_only=True)
+class PolicyTraining(TrainingOptions):
     """Fine-tune a policy on the successes of a dataset; run it again to resume."""
 
     data: Path
-    out: Path
     init: str | None = None
     """Policy checkpoint to start from; without it, preset `tiny` from scratch."""
     towers: Path | None = None
@@ -70,16 +70,9 @@ class PolicyTraining:
     ema: float = 0.995
     jitter: float = 0.1
     """Strength of brightness, contrast and noise augmentation; imagined frames are a bit soft."""
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
-    save_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("held_out", "steps", "batch", "threads", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        super().__post_init__()
         if self.init is not None and self.towers is not None:
             raise UserError("init and towers: a checkpoint has towers of its own; give one of both")
         if self.lora_rank < 0 or (self.lora_rank and self.init is None):

@@ -30,6 +30,7 @@ from worldloop.track import Run
 from worldloop.training.common import (
     EMA,
     Clock,
+    TrainingOptions,
     autocast,
     device_for,
     learning_rate,
@@ -43,12 +44,11 @@ KIND = "vision_towers"
 TARGETS = 5  # object's column and row, hand's x, y, z
 
 
-@dataclass(frozen=True)
-class TowersTraining:
+@dataclass(frozen=True, kw_only=True)
+class TowersTraining(TrainingOptions):
     """Pretrain the towers of preset `tiny` on a dataset's frames; run it again to resume."""
 
     data: Path
-    out: Path
     steps: int = 2000
     batch: int = 64
     lr: float = 2e-3
@@ -58,18 +58,7 @@ class TowersTraining:
     ema: float = 0.995
     jitter: float = 0.1
     held_out: int = 16
-    """Last episodes of the dataset, never trained on."""
     limit: int | None = None
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
-    save_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "held_out", "threads", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
 
 
 class PlaceHead(nn.Module):

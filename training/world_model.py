@@ -36,6 +36,7 @@ from worldloop.training.common import (
     EMA,
     Clock,
     StepTime,
+    TrainingOptions,
     Workers,
     autocast,
     device_for,
@@ -58,15 +59,14 @@ from worldloop.training.starting import (
 from worldloop.training.world_loss import Trainee, training_flops, training_loss
 
 
-@dataclass(frozen=True)
-class WorldModelTraining:
+@dataclass(frozen=True, kw_only=True)
+class WorldModelTraining(TrainingOptions):
     """Train the diffusion transformer and its reward head; run it again to resume."""
 
     data: tuple[Path, ...]
     """Dataset folders. Tasks count alike, however many episodes they have."""
     autoencoder: Path
     """Checkpoint folder of `worldloop train autoencoder` or of a world model, or a Wan `.pth`."""
-    out: Path
     preset: str = "tiny"
     width: int | None = None
     depth: int | None = None
@@ -89,19 +89,12 @@ class WorldModelTraining:
     motion_weight: float = 2.0
     object_weight: float = 12.0
     reward_weight: float = 0.5
-    held_out: int = 32
-    """Last episodes of each dataset, never trained on."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
     near_success: bool = True
     """False: leave near-successes out (the paper's table 4)."""
     one_outcome: bool = False
     """Train on tasks all of whose episodes end alike, too."""
-    seed: int = 0
-    threads: int = 1
-    device: str = "auto"
-    precision: str = "auto"
-    save_every: int = 100
     init: Path | None = None
     """Start from this world-model checkpoint (fine-tuning): its sizes and its pose statistics. Or
     from a published Cosmos `.pt`: every tensor whose shape fits."""
@@ -120,11 +113,9 @@ class WorldModelTraining:
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("steps", "batch", "threads", "save_every", "held_out"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
         for name in ("sample_every", "arm_steps", "pose_head_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")

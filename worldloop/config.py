@@ -18,6 +18,14 @@ from worldloop.files import PathLike
 T = TypeVar("T")
 
 
+def positive(config: Any, *names: str, where: str = "") -> None:
+    """Raise UserError naming a field that is below 1 (None is none); ``where`` goes before it."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{where}{name} is {value}; must be at least 1")
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values (tuples become lists, paths strings)."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):

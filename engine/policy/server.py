@@ -40,7 +40,7 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict
+from worldloop.config import config_to_dict, positive
 from worldloop.engine.policy.served import LocalPolicy, VLLMPolicy
 from worldloop.engine.policy.wire import (
     MEDIA_TYPE,
@@ -83,9 +83,7 @@ class ServePolicyConfig:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; must be at least 1")
+        positive(self, "max_batch", "threads")
         if not 0 <= self.port < 65536:
             raise UserError(f"port is {self.port}; expected 0..65535")
         if self.weights_root is not None and not self.weights_root.is_dir():

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from worldloop.config import positive
 from worldloop.engine.formats.openvla import read_shards
 from worldloop.errors import UserError
 
@@ -64,9 +65,7 @@ class Limits:
     """Rows that may wait for their turn; more are sent away with 503."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UserError(f"{name} is {value}; must be at least 1")
+        positive(self, *vars(self))
 
 
 # ---------------------------------------------------------------- bodies

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from worldloop.bench import timing
+from worldloop.config import positive
 from worldloop.errors import UserError
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_document_and_file(tmp_path):
 
 def test_bad_input_is_named():
     with pytest.raises(UserError, match="repeats is 0; must be at least 1"):
-        timing.positive(Config(repeats=0), "repeats")
+        positive(Config(repeats=0), "repeats")
     with pytest.raises(UserError, match="dtype is 'int4'"):
         timing.dtype_of("int4", CPU)
     if not torch.cuda.is_available():

@@ -31,7 +31,7 @@ def dataset(tmp_path):
 
 def config_of(dataset, out, **changes) -> DecoderConfig:
     plain = DecoderConfig(
-        dataset, out, preset="test", steps=4, batch=1, latents=2, held_out=1, limit=3,
+        data=dataset, out=out, preset="test", steps=4, batch=1, latents=2, held_out=1, limit=3,
         save_every=2, precision="fp32", device="cpu",
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)

@@ -564,7 +564,9 @@ def test_edm_weight_equals_float64():
 
 
 def test_noise_levels():
-    config = world_model.WorldModelTraining((Path("a"),), Path("b"), Path("c"), pure_noise=0.3)
+    config = world_model.WorldModelTraining(
+        data=(Path("a"),), autoencoder=Path("b"), out=Path("c"), pure_noise=0.3
+    )
     torch.manual_seed(0)
     t = world_loss.sample_times(config, 20_000)
     assert ((t > 0) & (t <= 1)).all()
