@@ -32,6 +32,11 @@ def _imports(name: str) -> bool:
 HAS_TIMM = _imports("timm")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tests measure numbers that depend on the order of sums
+
+
 def pytest_report_header() -> list[str]:
     """Say which device, simulator, timm and vLLM the tests see."""
     gpu = f"run on {torch.cuda.get_device_name(0)}" if HAS_GPU else (

@@ -39,11 +39,6 @@ LIGHT = LightVAEConfig(widths=(8, 8, 8), blocks=(1, 1, 1), picture=(32, 32))
 WAN = WanVAEConfig(dim=8, res_blocks=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def small_world(dit: DiTConfig, autoencoder: LightVAEConfig | WanVAEConfig) -> WorldModel:
     reward = RewardConfig(grid=(4, 4))
     return random_world(WorldModelConfig(dit, reward, autoencoder, ACTIONS), CPU, torch.float32)

@@ -15,11 +15,6 @@ from worldloop.errors import UserError
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("results")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import randomised, relative_l2
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldloop.engine import dit_layers
@@ -29,35 +30,12 @@ SMALL = DiTConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, norms included, so that no path is silently zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "norm" in name and p.dim() == 1:
-                p.copy_(1 + 0.3 * noise)
-            else:
-                p.copy_(noise / math.sqrt(p.shape[-1]))
-    return model
-
-
 def random_inputs(config: DiTConfig, B: int, frames: int, H: int, W: int, seed: int = 1):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(B, config.latent_channels, frames, H, W, generator=g)
     t = torch.rand(B, frames, generator=g)
     actions = torch.randn(B, 4 * frames, config.action_dim, generator=g)
     return x, t, actions
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 # Published shapes -------------------------------------------------------------------------------

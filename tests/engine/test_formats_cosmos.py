@@ -25,11 +25,6 @@ CHUNK = DiTConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
     dit = DiT(config)
     generator = torch.Generator().manual_seed(seed)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 import types
 
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import randomised, relative_l2
+from torch import nn
 
 from worldloop.engine.dit import DiT, DiTConfig
 from worldloop.engine.formats.diffusers import (
@@ -19,29 +19,6 @@ from worldloop.engine.formats.diffusers import (
 from worldloop.errors import UserError
 
 SMALL = DiTConfig(width=64, depth=3, heads=2, adaln_rank=16, context_dim=24)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, norms included, so that no path is silently zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "norm" in name and p.dim() == 1:
-                p.copy_(1 + 0.3 * noise)
-            else:
-                p.copy_(noise / math.sqrt(p.shape[-1]))
-    return model
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 def diffusers_twin(config: DiTConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[DiT, nn.Module]:

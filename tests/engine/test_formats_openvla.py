@@ -1,12 +1,12 @@
 """OpenVLA checkpoints: the published key list, shards there and back, and every way to be wrong."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from networks import SMALL_OPENVLA as SMALL
 from torch import Tensor
 
 from worldloop.checkpoint import load_tensors, save_tensors
@@ -17,21 +17,9 @@ from worldloop.engine.formats.openvla import (
     read_shards,
     save_openvla,
 )
-from worldloop.engine.policy.llama import LlamaConfig
-from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT
-from worldloop.engine.policy.vision import DINOV2_TINY, SIGLIP_TINY
+from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAOFT
 from worldloop.errors import UserError
 
-SMALL = OpenVLAConfig(
-    dino=dataclasses.replace(DINOV2_TINY, width=24, depth=2, heads=2, mlp_width=48, image_size=16),
-    siglip=dataclasses.replace(
-        SIGLIP_TINY, width=32, depth=2, heads=2, mlp_width=50, image_size=16
-    ),
-    llama=LlamaConfig(width=40, depth=2, heads=2, mlp_width=64, vocab_rows=320),
-    text_vocab=300,
-    space_id=35,
-    chunk=2,
-)
 VALUE_HEAD = {
     "value_head.mlp.0.weight": (512, 40),
     "value_head.mlp.0.bias": (512,),
@@ -39,11 +27,6 @@ VALUE_HEAD = {
     "value_head.mlp.2.bias": (128,),
     "value_head.mlp.4.weight": (1, 128),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 def random_model(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> OpenVLAOFT:

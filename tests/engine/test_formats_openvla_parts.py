@@ -1,12 +1,12 @@
 """What lies beside an OpenVLA checkpoint: LoRA adapters, statistics, the continuous heads."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from networks import SMALL_OPENVLA as SMALL
 from torch import Tensor
 
 from worldloop.checkpoint import save_tensors
@@ -19,21 +19,9 @@ from worldloop.engine.formats.openvla import (
 )
 from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.heads import L1Head, ProprioProjector
-from worldloop.engine.policy.llama import LlamaConfig
-from worldloop.engine.policy.openvla_oft import OpenVLAConfig, OpenVLAOFT
-from worldloop.engine.policy.vision import DINOV2_TINY, SIGLIP_TINY
+from worldloop.engine.policy.openvla_oft import OpenVLAOFT
 from worldloop.errors import UserError
 
-SMALL = OpenVLAConfig(
-    dino=dataclasses.replace(DINOV2_TINY, width=24, depth=2, heads=2, mlp_width=48, image_size=16),
-    siglip=dataclasses.replace(
-        SIGLIP_TINY, width=32, depth=2, heads=2, mlp_width=50, image_size=16
-    ),
-    llama=LlamaConfig(width=40, depth=2, heads=2, mlp_width=64, vocab_rows=320),
-    text_vocab=300,
-    space_id=35,
-    chunk=2,
-)
 RANK, ALPHA = 4, 2
 # As peft 0.11 writes it for the published fine-tuning script, whose rank is 32 and alpha 16.
 ADAPTER = {
@@ -55,11 +43,6 @@ ADAPTER = {
     "use_dora": False,
     "use_rslora": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -14,11 +14,6 @@ CONFIG = DiTConfig(width=48, depth=2, heads=2, adaln_rank=8, context_dim=0)
 S = 4  # tokens per frame of 4x4 latents
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def dit() -> DiT:
     model = DiT(CONFIG).eval()

@@ -28,11 +28,6 @@ from worldloop.errors import UserError
 SHAPE = (2, 3, 4, 5, 6)  # B C F H W
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def normal(seed: int, shape=SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import pytest
 import torch
 
 from worldloop.training.arm import fit_arm, fit_pose_head, position_error
@@ -42,11 +41,6 @@ def episodes(count: int, seed: int, T: int = 32) -> EpisodeArrays:
         key="table",
         numbers=np.arange(count),
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 def test_contact_is_learned():

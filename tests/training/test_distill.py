@@ -22,11 +22,6 @@ from worldloop.training.optimizer import MuonAdamW
 CPU, CHUNK = torch.device("cpu"), 8
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def teacher(push, stack, autoencoder, tmp_path_factory) -> Path:
     """A world model with random weights and a short window."""

@@ -33,11 +33,6 @@ SPEC = ActionSpec(chunk=8)
 CHUNK = SPEC.chunk
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def training(data: tuple[Path, ...], autoencoder: Path, out: Path, **changes):
     return world_model.WorldModelTraining(**{
         "data": data, "autoencoder": autoencoder, "out": out, "width": 48, "depth": 1, "steps": 4,

@@ -21,11 +21,6 @@ SIZE, T, CHUNK = 32, 8, 4
 SPEC = ActionSpec(chunk=CHUNK)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def episode(seed: int, success: bool) -> Episode:
     """A spot at a random column; the actions' x is that column, so a policy can read it."""
     rng = np.random.default_rng(seed)

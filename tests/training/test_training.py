@@ -35,11 +35,6 @@ CPU = torch.device("cpu")
 SPEC = ActionSpec(chunk=CHUNK)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 # ---------------------------------------------------------------- the dataset
 
 

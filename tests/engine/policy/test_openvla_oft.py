@@ -26,11 +26,6 @@ from worldloop.errors import UserError
 PARITY = 1e-5  # relative L2, float32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def randomise(module: torch.nn.Module, scale: float = 0.1) -> None:
     """Noise on every parameter; those of one axis (norms, scales, biases) around one half."""
     generator = torch.Generator().manual_seed(1)

@@ -23,11 +23,6 @@ TOWERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def theirs_of(name: str, config: ViTConfig) -> nn.Module:
     import timm
 
