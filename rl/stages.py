@@ -146,7 +146,7 @@ def fine_tune(
     """The pretrained world model on SANS; the trainer resumes by itself.
 
     What counts as a success is fitted anew, on this round's episodes: the policy's own, which are
-    what it will be asked about.
+    what it will be asked about. The general rule stays where the fit is no better.
     """
     out = at / "fine-tune"
     options = config_to_dict(config.fine_tune)
@@ -166,9 +166,9 @@ def fine_tune(
 def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any]:
     """Fit the world model's success rule on episodes of a policy, and write it there.
 
-    Where all of them end alike, the rule stays as it is. Returns how the outcomes agree by the
-    model's general rule, and by the fitted one (as a fit on the other half of the episodes has
-    it); the same when it is done again.
+    Where all of them end alike, or a fit on one half tells the other half no better than the
+    model's general rule, the rule stays as it is. Returns both agreements, and the fit where it
+    was taken; the same when it is done again.
     """
     grpo = config.grpo
     world = WorldModel.from_pretrained(model, device=grpo.device)
@@ -183,13 +183,14 @@ def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any
     before = outcome_alignment(true, general.success(rollout.reward))
     facts: dict[str, Any] = {"agreement_general_rule": before.rate}
     if true.any() and not true.all():
-        fit = fit_reward(rollout.reward, true)
         after = crossfit_alignment(rollout.reward, true, config.seed) or before
-        rule = Calibration(fit.threshold, fit.held_frames, len(true), after.rate)
-        said = real.episodes[0].instruction
-        write_world_config(model, world.config.with_rule(real.env_id, said, rule))
-        facts |= {"agreement": after.rate, "threshold": fit.threshold,
-                  "reward_held_frames": fit.held_frames}  # fmt: skip
+        facts["agreement_fitted_rule"] = after.rate
+        if after.rate > before.rate:
+            fit = fit_reward(rollout.reward, true)
+            rule = Calibration(fit.threshold, fit.held_frames, len(true), after.rate)
+            said = real.episodes[0].instruction
+            write_world_config(model, world.config.with_rule(real.env_id, said, rule))
+            facts |= {"threshold": fit.threshold, "reward_held_frames": fit.held_frames}
     return facts
 
 
