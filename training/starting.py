@@ -148,11 +148,17 @@ def arm_of(
                 sum(map(len, parts)) - config.held_out * len(parts),
                 config.arm_steps, config.seed,
             )  # fmt: skip
+        linear, fitted = off_at_the_end(arm, parts, latents, config.held_out)
+        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, fitted {fitted:.1f} mm")
         if config.pose_head_steps:
-            arm = fit_pose_head(
+            seeing = fit_pose_head(
                 arm, parts, latents, config.held_out, config.pose_head_steps, config.seed
             )
-        print(off_at_the_end(arm, parts, latents, config.held_out))
+            _, seen = off_at_the_end(seeing, parts, latents, config.held_out)
+            # 160 episodes are too few: the head knows them by heart, and misreads all others.
+            kept = seen < fitted
+            arm = seeing if kept else arm
+            print(f"pose head: {seen:.1f} mm, " + ("kept" if kept else "worse than none: left out"))
         save_checkpoint(folder, {"arm": arm.state_dict()}, config_to_dict(arm.config), kind="arm")
     workers.barrier()
     checkpoint = load_checkpoint(folder, kind="arm")
@@ -163,8 +169,8 @@ def arm_of(
 
 def off_at_the_end(
     arm: Arm, parts: Sequence[EpisodeArrays], latents: Sequence[npt.NDArray[Any]], held_out: int
-) -> str:
-    """A line: how far from the truth held-out episodes end, by the linear sum and by the arm."""
+) -> tuple[float, float]:
+    """How far from the truth held-out episodes end, in mm: by the linear sum, and by the arm."""
     linear, fitted = [], []
     for part, z in zip(parts, latents, strict=True):
         rows = slice(len(part) - held_out, None)
@@ -172,5 +178,4 @@ def off_at_the_end(
         summed = held.action_spec.to_absolute(held.actions, held.states[:, 0])
         linear.append(position_error(summed, held.states))
         fitted.append(position_error(rollout_poses(held, arm, z[rows]), held.states))
-    return (f"arm: {1000 * np.mean(linear):.1f} mm off at the end of held-out episodes, fitted "
-            f"{1000 * np.mean(fitted):.1f} mm")  # fmt: skip
+    return 1000 * float(np.mean(linear)), 1000 * float(np.mean(fitted))

@@ -106,8 +106,8 @@ class WorldModelTraining(TrainingOptions):
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
     pose_head_steps: int = 4000
-    """Steps of fitting what reads the hand's pose from latents at the end of each chunk; 0: none,
-    or those of `init` where its arm is kept."""
+    """Steps of fitting what reads the hand's pose from latents at the end of each chunk, which is
+    left out where held-out episodes end nearer without; 0: none, or that of `init`'s kept arm."""
     sample_every: int = 500
     """Steps between sample videos (samples/*.mp4: real | imagined, two held-out episodes); 0: none.
     """

@@ -85,12 +85,15 @@ def test_a_mixture_counts_tasks_alike_and_keeps_one_horizon(push, stack, pull, a
     assert not torch.equal(both.latents[0], both.latents[1])
 
 
-def test_a_mixture_is_trained_recorded_and_fine_tuned(push, stack, autoencoder, tmp_path):
+def test_a_mixture_is_trained_recorded_and_fine_tuned(push, stack, autoencoder, tmp_path, capsys):
     config = training((push, stack), autoencoder, tmp_path / "a", arm_steps=3, pose_head_steps=3)
     world = WorldModel.from_pretrained(world_model.train(config))
     assert world.config.env_ids == ("PushCube-v1", "StackCube-v1")
     assert [t.instruction for t in world.config.tasks] == ["do PushCube-v1", "do StackCube-v1"]
     assert world.arm is not None and world.action_spec.controller is not None
+    # Three steps teach no pose head: held-out episodes are better without it.
+    assert world.arm.pose_head is None
+    assert re.search(r"pose head: .* left out", capsys.readouterr().out)
     # The fit is over both datasets, not that of the first.
     assert world.action_spec.pose_mean != load_arrays(push).action_spec.pose_mean
     row = rows_of(tmp_path / "a")[-1]
