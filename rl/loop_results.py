@@ -1,8 +1,8 @@
 """`worldloop loop report`: true success by round over tasks and seeds, and what it took.
 
-Reads finished loops, one folder a task and seed, and writes loop.json, the curve of true success,
-and a sheet of episodes that fooled the world model of round 1, as the last round's imagines them
-(the paper's section 4.3 and Figure 3: base, round 1, round 2).
+Reads finished loops, one folder a task and seed (or reports of loops elsewhere), and writes
+loop.json, the curve of true success, and a sheet of episodes that fooled the world model of
+round 1, as the last round's imagines them (the paper's section 4.3 and Figure 3).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
+from worldloop.config import read_json
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
@@ -36,8 +37,10 @@ from worldloop.types import Rollout
 class LoopReportConfig:
     """Put finished loops together: true success by round, cost, what fooled round 1."""
 
-    loops: tuple[Path, ...]
+    loops: tuple[Path, ...] = ()
     """Output folders of `worldloop loop`, one a task and seed."""
+    reports: tuple[Path, ...] = ()
+    """loop.json of loops that lie elsewhere, by this command: their seeds and cost are added."""
     rounds: int = 2
     """The last round that is reported."""
     out: Path = Path("docs/results/loop.json")
@@ -55,7 +58,10 @@ class LoopReportConfig:
 
 def success_by_round(loop: Loop, rounds: int) -> dict[str, Any]:
     """One loop's row of loop.json. Raises UserError where a round is not finished."""
-    found: dict[str, Any] = {"seed": loop.config.seed}
+    found: dict[str, Any] = {
+        "seed": loop.config.seed,
+        "commit": loop.ledger.records[-1].made["commit"],
+    }
     for r in range(rounds + 1):
         record = loop.ledger.find(r, "evaluate")
         if record is None:
@@ -91,6 +97,32 @@ def cost(loops: Sequence[Loop], rounds: int) -> dict[str, Any]:
         },
         "hours": sum(hours.values()), "hours_by_stage": dict(hours),
     }  # fmt: skip
+
+
+def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what `cost` returns."""
+    summed: dict[str, Any] = {"hours": sum(each["hours"] for each in costs)}
+    for part in ("frames", "hours_by_stage"):
+        names = {name: None for each in costs for name in each[part]}
+        summed[part] = {n: sum(each[part].get(n, 0) for each in costs) for n in names}
+    return summed
+
+
+def load_report(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """A loop.json with the rounds ``names``; UserError where it is none."""
+    document = read_json(path)
+    try:
+        known = {key: document[key] for key in ("evaluation_seed", "horizon", "frames", "hours",
+                                                "hours_by_stage", "tasks")}  # fmt: skip
+        for task in known["tasks"].values():
+            _ = task["fooled_round1"], [seed[name]["episodes"] for seed in task["seeds"]
+                                        for name in names]  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is no report of `worldloop loop report` over {len(names) - 1} rounds "
+            f"({error} is missing)"
+        ) from error
+    return known
 
 
 def pooled(seeds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -179,7 +211,7 @@ def draw(tasks: dict[str, Any], rounds: int, path: Path) -> None:
 
 def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
     """The document of loop.json, and the rows of the sheet."""
-    if not config.loops:
+    if not config.loops and not config.reports:
         raise UserError("loops: give at least one output folder of `worldloop loop`")
     loops = [Loop(folder) for folder in config.loops]
     last = f"round{config.rounds}"
@@ -205,21 +237,39 @@ def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
                 rows.append(
                     plain_pair(i, episode, rollouts[name], i, success=False, instruction=said)
                 )
-    for found in tasks.values():
+    measured = [
+        {"evaluation_seed": loop.config.evaluation_seed, "horizon": loop.config.grpo.horizon}
+        for loop in loops
+    ]
+    costs = [cost(loops, config.rounds)]
+    for path in config.reports:
+        other = load_report(path, names)
+        measured.append({key: other[key] for key in ("evaluation_seed", "horizon")})
+        costs.append({key: other[key] for key in ("frames", "hours", "hours_by_stage")})
+        for name, found in other["tasks"].items():
+            task = tasks.setdefault(name, {"seeds": [], "fooled_round1": []})
+            task["seeds"] += found["seeds"]
+            task["fooled_round1"] += found["fooled_round1"]
+    if unlike := [one for one in measured if one != measured[0]]:
+        raise UserError(
+            f"loops were measured differently ({measured[0]} and {unlike[0]}); report them apart"
+        )
+    for name, found in tasks.items():
+        seeds = [seed["seed"] for seed in found["seeds"]]
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise UserError(f"{name}: seed {twice[0]} is there twice; give each loop once")
         found["pooled"] = {name: pooled(found["seeds"], name) for name in names}
         found["gain_points"] = {
             name: 100 * (found["pooled"][name]["success"] - found["pooled"]["base"]["success"])
             for name in names[1:]
         }
-    first = loops[0].config
     document = {
         "tasks": tasks,
         "mean_gain_points": {
             name: float(np.mean([found["gain_points"][name] for found in tasks.values()]))
             for name in names[1:]
         },
-        "evaluation_seed": first.evaluation_seed, "horizon": first.grpo.horizon,
-        **cost(loops, config.rounds), "command": config.command, "commit": git_commit(),
+        **measured[0], **total(costs), "command": config.command, "commit": git_commit(),
     }  # fmt: skip
     return document, rows
 

@@ -5,6 +5,7 @@ A second small world stands for the simulator (`loop_home.py`). `test_loop_kill.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
@@ -168,6 +169,26 @@ def test_loops_are_reported_together(finished, tmp_path, capsys):
     assert "| world | all |" in capsys.readouterr().out
     with pytest.raises(UserError, match="round 2 is not evaluated yet"):
         report(["--loops", str(home / "loop"), *to])
+    # A report of another machine's loop, another seed of the same task.
+    other, path = copy.deepcopy(document), tmp_path / "other.json"
+    other["tasks"]["world"]["seeds"][0]["seed"] = 7
+    path.write_text(json.dumps(other))
+    both = ["--loops", str(home / "loop"), "--reports", str(path), "--rounds", "1"]
+    assert report([*both, *to]) == 0
+    joined = json.loads((tmp_path / "loop.json").read_text())
+    assert [seed["seed"] for seed in joined["tasks"]["world"]["seeds"]] == [0, 7]
+    assert joined["hours"] == pytest.approx(2 * document["hours"])
+    assert joined["frames"]["imagined"] == 2 * document["frames"]["imagined"]
+    low, high = joined["tasks"]["world"]["pooled"]["base"]["ci95"]
+    alone = found["pooled"]["base"]["ci95"]
+    assert high - low < alone[1] - alone[0]
+    for change, said in (
+        ({"horizon": 1}, "measured differently"), ({"tasks": {"world": {}}}, "is no report"),
+        ({"tasks": document["tasks"]}, "seed 0 is there twice"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(other | change))
+        with pytest.raises(UserError, match=said):
+            report([*both, *to])
 
 
 # ---------------------------------------------------------------- resuming
