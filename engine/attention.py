@@ -39,6 +39,7 @@ from worldloop.kernels.attention import attention, reference_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # read once: torch.compile cannot look into it
 NAMES = ("auto", "products", "sdpa", "cudnn", "flash", "xformers", "triton")
 
 
@@ -152,16 +153,11 @@ def attend(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, implementation: str =
         # With AMX torch's forward pass takes half the time of the products (a quarter for 832
         # keys), its backward pass three times as long.
         learns = torch.is_grad_enabled() and (q_BhNK.requires_grad or k_BhMK.requires_grad)
-        implementation = "products" if bf16_on_cpu and (learns or not _has_amx()) else "sdpa"
+        implementation = "products" if bf16_on_cpu and (learns or not HAS_AMX) else "sdpa"
     return _IMPLEMENTATIONS[implementation](q_BhNK, k_BhMK, v_BhMK)
 
 
 # ---------------------------------------------------------------- choosing
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def missing(implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -108,21 +108,20 @@ def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summed
 
 
+REPORTED = ("evaluation_seed", "horizon", "frames", "hours", "hours_by_stage", "tasks")
+
+
 def load_report(path: Path, names: Sequence[str]) -> dict[str, Any]:
     """A loop.json with the rounds ``names``; UserError where it is none."""
     document = read_json(path)
-    try:
-        known = {key: document[key] for key in ("evaluation_seed", "horizon", "frames", "hours",
-                                                "hours_by_stage", "tasks")}  # fmt: skip
-        for task in known["tasks"].values():
-            _ = task["fooled_round1"], [seed[name]["episodes"] for seed in task["seeds"]
-                                        for name in names]  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: is no report of `worldloop loop report` over {len(names) - 1} rounds "
-            f"({error} is missing)"
-        ) from error
-    return known
+    whole = all(key in document for key in REPORTED) and all(
+        "fooled_round1" in task and all(n in seed for seed in task.get("seeds", ()) for n in names)
+        for task in document["tasks"].values()
+    )
+    if not whole:
+        last = len(names) - 1
+        raise UserError(f"{path}: is no report of `worldloop loop report` over {last} rounds")
+    return document
 
 
 def pooled(seeds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:

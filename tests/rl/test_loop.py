@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # child processes look for loop_
 from loop_home import HORIZON, make_home, triple, write_pool
 
 import worldloop
-from worldloop.engine.world_model import WorldModel
+from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.ledger import Ledger
+from worldloop.metrics import Alignment
 from worldloop.rl import loop as loop_module
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.jobs import run_job
@@ -126,24 +127,29 @@ def test_the_facade_and_presets():
         assert config.grpo.alarm.every > 0 and config.true.env == "PushCube-v1"
 
 
-def test_the_success_rule_is_fitted_on_the_rounds_own_episodes(finished, tmp_path):
+def test_the_success_rule_is_fitted_on_the_rounds_own_episodes(finished, tmp_path, monkeypatch):
     home, config = finished
-    shutil.copytree(home / "world", tmp_path / "world")
-    before = WorldModel.from_pretrained(tmp_path / "world").config
-    facts = calibrate(config, tmp_path / "world", home / "pool")
-    after = WorldModel.from_pretrained(tmp_path / "world").config
-    if facts["agreement_fitted_rule"] > facts["agreement_general_rule"]:
-        rule = facts["threshold"], facts["reward_held_frames"]
-    else:
-        rule = before.success_rule()
-    assert after.success_rule("do it") == rule
+
+    def fitted_with(agreement: Alignment) -> tuple[dict, WorldModelConfig]:
+        """What `calibrate` says and leaves behind where a fit agrees so on unseen episodes."""
+        shutil.rmtree(tmp_path / "world", ignore_errors=True)
+        shutil.copytree(home / "world", tmp_path / "world")
+        monkeypatch.setattr("worldloop.rl.stages.crossfit_alignment", lambda *_: agreement)
+        facts = calibrate(config, tmp_path / "world", home / "pool")
+        # A kill after the rule was written must not change the record.
+        assert calibrate(config, tmp_path / "world", home / "pool") == facts
+        return facts, WorldModel.from_pretrained(tmp_path / "world").config
+
+    before = WorldModel.from_pretrained(home / "world").config
+    facts, after = fitted_with(Alignment(5, 0, 0, 5))  # better than the general rule
+    assert facts["agreement_general_rule"] < facts["agreement_fitted_rule"] == 1
+    assert after.success_rule("do it") == (facts["threshold"], facts["reward_held_frames"])
     assert after.success_rule("something else") == before.success_rule()
-    # A kill after the rule was written must not change the record.
-    assert calibrate(config, tmp_path / "world", home / "pool") == facts
+    facts, after = fitted_with(Alignment(0, 5, 5, 0))  # worse: the general rule stays
+    assert facts["agreement_fitted_rule"] == 0 and "threshold" not in facts
+    assert after == before
     # What ends alike tells nothing of a threshold.
     alike = write_pool(tmp_path / "alike", success=False)
-    shutil.rmtree(tmp_path / "world")
-    shutil.copytree(home / "world", tmp_path / "world")
     assert set(calibrate(config, tmp_path / "world", alike)) == {"agreement_general_rule"}
     assert WorldModel.from_pretrained(tmp_path / "world").config == before
 
