@@ -33,10 +33,11 @@ from worldloop.bench.worlds import (
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.dit import DiT
+from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.world_config import WorldModelConfig
 from worldloop.errors import UserError
-from worldloop.training.common import EMA, autocast
+from worldloop.training.common import EMA
 from worldloop.training.latents import Batch
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.world_loss import Trainee, training_flops, training_loss

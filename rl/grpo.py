@@ -38,6 +38,7 @@ from worldloop.config import positive
 from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
+from worldloop.engine.precision import PRECISIONS, autocast, takes_bf16
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
@@ -102,7 +103,8 @@ class GRPOConfig:
     threads: int = 1
     device: str = "cpu"
     precision: str = "fp32"
-    """Of world model and policy: fp32 or bf16 (the learner's weights stay fp32)."""
+    """Of world model and policy: fp32, bf16, or auto: bf16 where the machine is fast in it (the
+    learner's weights stay fp32)."""
     backend: str = "eager"
     """How the world model is run (`engine.backends`): eager, compiled, cudagraph, tensorrt ..."""
 
@@ -116,8 +118,8 @@ class GRPOConfig:
             raise UserError(f"temperature is {self.temperature}; sampling needs more than 0")
         if not 0 <= self.coherence < 1:
             raise UserError(f"coherence is {self.coherence}; expected at least 0 and below 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision is {self.precision!r}; expected fp32 or bf16")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision is {self.precision!r}; expected auto, bf16 or fp32")
 
 
 TINY = GRPOConfig(
@@ -127,7 +129,7 @@ TINY = GRPOConfig(
     temperature=0.7,  # at 1.6 a policy of 48 demonstrations succeeds in 5 % instead of 36 %
     world_steps=1,
     steps=20,
-    precision="bf16",
+    precision="auto",
     learner=LearnerConfig(
         lr=2e-4, warmup=10, cooldown=0.4, mini_batch=32, epochs=2, old_logprobs="rollout"
     ),
@@ -137,12 +139,6 @@ PRESETS: dict[str, tuple[str, GRPOConfig]] = {
     "simplevla": ("SimpleVLA-RL's settings for LIBERO", GRPOConfig(out=Path("runs/grpo"))),
     "tiny": ("the shipped tiny models on two CPU cores", TINY),
 }
-
-
-def precision_of(config: GRPOConfig) -> torch.autocast:
-    """The context in which world model and policy run."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 class GRPO:
@@ -160,7 +156,7 @@ class GRPO:
         self.actor = actor or policy
         self.actor.coherence = config.coherence
         self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
-        self.precision = precision_of(config)
+        self.precision = autocast(torch.device(config.device), config.precision)
         self.learner = Learner(policy, config.learner, self.precision)
         count = len(starts.instructions)
         held = config.evaluate_starts if config.evaluate_every else 0
@@ -312,7 +308,8 @@ def train(config: GRPOConfig) -> Path:
 def _train(config: GRPOConfig) -> Path:
     torch.set_num_threads(config.threads)
     # On a GPU the weights themselves are of that precision: kernels and graphs want no autocast.
-    half = config.precision == "bf16" and torch.device(config.device).type == "cuda"
+    device = torch.device(config.device)
+    half = device.type == "cuda" and takes_bf16(device, config.precision)
     dtype = torch.bfloat16 if half else torch.float32
     world = WorldModel.from_pretrained(config.world, device=config.device, dtype=dtype)
     if config.backend != "eager":

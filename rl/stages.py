@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldloop.calibration import RewardFit, crossfit_alignment, fit_reward
 from worldloop.config import config_to_dict, read_json
+from worldloop.engine.precision import autocast
 from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
@@ -29,7 +31,6 @@ from worldloop.metrics import outcome_alignment, wilson_interval
 from worldloop.rl.alarm import check_steps, load_check
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.collect import count_episodes
-from worldloop.rl.grpo import precision_of
 from worldloop.rl.held_out import imagine, load_held_out
 from worldloop.rl.imagine import held_success
 from worldloop.rl.jobs import run_job
@@ -175,7 +176,7 @@ def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any
     real = load_held_out(episodes, None, world, least=1)
     real = real.first(len(real.episodes), grpo.horizon)
     true = np.array([held_success(e.reward, config.true.held_frames) for e in real.episodes])
-    with precision_of(grpo):
+    with autocast(torch.device(grpo.device), grpo.precision):
         rollout, _ = imagine(
             world, real, real.actions, grpo.world_steps, config.seed, max_batch=grpo.max_batch
         )

@@ -25,6 +25,7 @@ from worldloop.checkpoint import save_checkpoint
 from worldloop.cli import parse_config
 from worldloop.config import config_to_dict
 from worldloop.engine.light_vae import PRESETS, LightVAE, load_autoencoder
+from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.track import Run
@@ -32,7 +33,6 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
-    autocast,
     device_for,
     learning_rate,
     load_state,

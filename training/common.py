@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from worldloop.checkpoint import load_into, load_training_state, save_training_state
 from worldloop.config import positive
+from worldloop.engine.precision import takes_bf16
 from worldloop.errors import UserError
 
 
@@ -51,22 +52,6 @@ def device_for(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return torch.device(name)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run on this device's own units."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast for ``bf16``, or for ``auto`` where the machine has it; else fp32."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision is {precision!r}; expected auto, bf16 or fp32")
-    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: int = 100) -> float:
@@ -211,8 +196,8 @@ class StepTime:
 def matmul_ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product on this device in the training's precision: MFU's 100 %."""
     size = 8192 if device.type == "cuda" else 1024
-    half = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if takes_bf16(device, precision) else torch.float32
+    a = torch.ones(size, size, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):  # the first ones warm up
         since = time.monotonic()

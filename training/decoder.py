@@ -18,6 +18,7 @@ from torch import Tensor
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.light_decoder import PRESETS, LightDecoder
+from worldloop.engine.precision import autocast
 from worldloop.engine.vae import Autoencoder
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
@@ -28,7 +29,6 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
-    autocast,
     device_for,
     learning_rate,
     load_state,

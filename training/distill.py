@@ -41,6 +41,7 @@ from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import KV, DiT
+from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import (
     STREAMING_TIMES,
@@ -57,7 +58,6 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
-    autocast,
     device_for,
     load_state,
     save_state,

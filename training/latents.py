@@ -26,9 +26,9 @@ from worldloop.config import read_json
 from worldloop.engine.arm import Arm
 from worldloop.engine.formats.wan import from_diffusers_vae, load_wan_vae
 from worldloop.engine.light_vae import LightVAE, load_autoencoder
+from worldloop.engine.precision import autocast
 from worldloop.engine.vae import WanVAE
 from worldloop.training.arm import chunk_poses
-from worldloop.training.common import autocast
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
 from worldloop.types import ActionSpec
 

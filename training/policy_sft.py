@@ -23,6 +23,7 @@ from worldloop.engine.policy.action_tokens import Statistics
 from worldloop.engine.policy.lora import add_lora, merge_and_unload, save_lora
 from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy, token_logprobs
+from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.track import Run
@@ -30,7 +31,6 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
-    autocast,
     device_for,
     learning_rate,
     load_state,

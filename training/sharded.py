@@ -1,17 +1,14 @@
 """Training shared out over processes with FSDP2, and checkpoints of one file a process.
 
-Every process holds a row range of each tensor. Muon needs whole matrices: a matrix's momentum is
-gathered, orthogonalised alike on every process, and each keeps its rows. A checkpoint counts once
-``sharded.json`` names it, which is written after every process has written its part; it may be
-resumed by another number of processes.
+Every process holds a row range of each tensor (Muon, which needs whole matrices, gathers them:
+`optimizer.py`). A checkpoint counts once ``sharded.json`` names it, which is written after every
+process has written its part; it may be resumed by another number of processes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,6 @@ from worldloop.engine.reward import RewardHead
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.training.common import EMA, Workers
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's published coefficients, five rounds
 
 
 def shard(dit: DiT, reward: RewardHead, workers: Workers, device: torch.device) -> None:
@@ -50,46 +45,6 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
         for name, tensor in module.state_dict().items()
     }
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Muon's direction: all singular values brought near 1 by Newton-Schulz in bf16."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-class ShardedMuon(torch.optim.Optimizer):
-    """`torch.optim.Muon` (Nesterov, adjusted to AdamW's step size) on matrices cut by rows."""
-
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                whole = orthogonalised(p.grad.lerp(buffer, group["momentum"]).full_tensor())
-                mine = distribute_tensor(
-                    whole.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None
-                )
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(mine, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
 class ShardedState:

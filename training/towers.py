@@ -24,6 +24,7 @@ from worldloop.config import config_to_dict
 from worldloop.engine.policy.images import prepare_frames
 from worldloop.engine.policy.openvla_oft import OpenVLAConfig, tiny_config
 from worldloop.engine.policy.vision import VisionBackbone, ViT, ViTConfig, normalise_frames
+from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.track import Run
@@ -31,7 +32,6 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
-    autocast,
     device_for,
     learning_rate,
     load_state,

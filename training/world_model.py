@@ -25,6 +25,7 @@ from worldloop.cli import parse_config
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS
+from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.world_config import TaskRecord
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
@@ -38,7 +39,6 @@ from worldloop.training.common import (
     StepTime,
     TrainingOptions,
     Workers,
-    autocast,
     device_for,
     load_state,
     matmul_ceiling,

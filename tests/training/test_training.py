@@ -16,6 +16,7 @@ from worldloop.checkpoint import load_tensors, load_training_state, save_checkpo
 from worldloop.cli import main as worldloop
 from worldloop.engine.dit import DiT
 from worldloop.engine.light_vae import load_autoencoder
+from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardConfig, RewardHead
 from worldloop.engine.sampler import derive_seed, noise_for
 from worldloop.engine.world_config import TaskRecord
@@ -24,7 +25,7 @@ from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.training import autoencoder as ae
 from worldloop.training import samples, starting, world_loss, world_model
-from worldloop.training.common import EMA, autocast, learning_rate
+from worldloop.training.common import EMA, learning_rate
 from worldloop.training.data import fit_action_spec, load_arrays, object_weight
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.types import ActionSpec, Episode
