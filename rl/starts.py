@@ -40,8 +40,8 @@ def load_starts(folder: Path | None, world: WorldModel, limit: int | None = None
         raise UserError(f"{folder}: frames are {size}, the world model's {world.config.picture}")
     frames, poses, texts = [], [], []
     for i in range(count):
-        episode = dataset.read(i)
-        frames.append(episode.frames[0])
+        episode = dataset.read(i, frames=False)
+        frames.append(dataset.first_frame(i))
         poses.append(episode.states[0])
         texts.append(episode.instruction)
     return Starts(np.stack(frames)[:, None, None], np.stack(poses), tuple(texts))

@@ -92,6 +92,7 @@ def test_round_trip_and_streaming(dataset: Path) -> None:
     assert found.meta == META
     for number in (4, 0, 3):  # in any order, each starting at its own key frame
         check_same(found.read(number), episode(number))
+        assert np.array_equal(found.first_frame(number), found.read(number).frames[0])
     bare = found.read(1, frames=False)
     assert bare.frames.shape[1:] == (0, 0, 3)
     np.testing.assert_array_equal(bare.actions, episode(1).actions)

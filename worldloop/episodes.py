@@ -294,9 +294,7 @@ class EpisodeDataset:
 
     def read(self, episode: int, frames: bool = True) -> Episode:
         """One episode; ``frames=False`` leaves the pictures out (an empty array of zeros)."""
-        if not 0 <= episode < len(self):
-            raise IndexError(f"episode {episode} of a dataset of {len(self)}: {self.root}")
-        entry = self._index[episode]
+        entry = self._entry(episode)
         name = DATA.format(
             chunk_index=entry["data/chunk_index"], file_index=entry["data/file_index"]
         )
@@ -312,19 +310,7 @@ class EpisodeDataset:
         def column(key: str) -> npt.NDArray[np.float32]:
             return np.asarray(rows[key].to_pylist(), np.float32)
 
-        video = f"videos/{VIDEO_KEY}"
-        size = self.meta.image_size
-        pictures = np.zeros((n, 0, 0, 3), np.uint8)
-        if frames:
-            path = self.root / VIDEO.format(
-                video_key=VIDEO_KEY,
-                chunk_index=entry[f"{video}/chunk_index"],
-                file_index=entry[f"{video}/file_index"],
-            )
-            start = round(entry[f"{video}/from_timestamp"] * self.fps)
-            pictures = decode_video(path, start, n, self.fps)
-            if pictures.shape[1:3] != (size, size):
-                raise ValueError(f"{path}: frames are {pictures.shape[1:3]}, meta says {size}")
+        pictures = self._pictures(episode, n) if frames else np.zeros((n, 0, 0, 3), np.uint8)
         objects = column("observation.environment_state")
         pixels = column("observation.object_pixels")
         return Episode(
@@ -340,6 +326,28 @@ class EpisodeDataset:
             object_pixels=pixels.reshape(n, -1, 2) if pixels.size else None,
             info=json.loads(entry["info"]),
         )
+
+    def first_frame(self, episode: int) -> npt.NDArray[np.uint8]:
+        """An episode's first picture [H,W,3]; the others are not decoded."""
+        return self._pictures(episode, 1)[0]
+
+    def _entry(self, episode: int) -> dict[str, Any]:
+        if not 0 <= episode < len(self):
+            raise IndexError(f"episode {episode} of a dataset of {len(self)}: {self.root}")
+        return self._index[episode]
+
+    def _pictures(self, episode: int, count: int) -> npt.NDArray[np.uint8]:
+        entry, video, size = self._entry(episode), f"videos/{VIDEO_KEY}", self.meta.image_size
+        path = self.root / VIDEO.format(
+            video_key=VIDEO_KEY,
+            chunk_index=entry[f"{video}/chunk_index"],
+            file_index=entry[f"{video}/file_index"],
+        )
+        start = round(entry[f"{video}/from_timestamp"] * self.fps)
+        pictures = decode_video(path, start, count, self.fps)
+        if pictures.shape[1:3] != (size, size):
+            raise ValueError(f"{path}: frames are {pictures.shape[1:3]}, meta says {size}")
+        return pictures
 
     def stream(self, frames: bool = True) -> Iterator[Episode]:
         """Every episode in order, one in memory at a time."""
