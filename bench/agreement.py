@@ -56,7 +56,7 @@ class AgreementBench:
     """Measure the agreement of a saving with the plain world model; write bench JSON."""
 
     compare: Literal["precision", "groups", "decoder", "backend"] = "precision"
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     world: str = "tiny"
     """Shipped preset, checkpoint folder or hub id."""
     policy: str = "policy/pushcube"

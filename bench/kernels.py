@@ -34,7 +34,7 @@ MOST_BYTES, MOST_FLOPS = 64 << 20, 5e9
 class KernelBench:
     """Time the operators; write bench JSON."""
 
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     op: str | None = None
     """Only this operator."""
     repeats: int = 10

@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2 of batche
 class PolicyBench:
     """Time the policy's forward pass; write bench JSON into a folder."""
 
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     preset: str | None = None
     """tiny or 7b; without it 7b on a GPU, else tiny."""
     batch: int | None = None

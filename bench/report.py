@@ -6,6 +6,7 @@ written anew each time: to change a sentence, change it here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ OUTSIDE = 0.10
 class Report:
     """Write the speed and cost pages from benchmark results."""
 
-    results: Path = Path("bench/results")
-    docs: Path = Path("docs")
+    results: Path = Path("runs/bench")
+    docs: Path = Path("runs/bench")
+    """Folder of the pages, speed.md and cost.md, and of their pictures."""
 
 
 def read_results(folder: Path) -> dict[str, Document]:
@@ -302,7 +304,9 @@ def main(argv: list[str]) -> int:
             path = config.docs / "img" / roofline_name(name)
             draw(points, document["ceilings"], title, path)
             print(path)
+    to_results = os.path.relpath(config.results, config.docs)
     for page, text in (("speed.md", speed_page(documents)), ("cost.md", cost_page(documents))):
+        text = text.replace("../bench/results", to_results)
         atomic_write_text(config.docs / page, text)
         print(config.docs / page)
     return 0

@@ -50,7 +50,7 @@ RATIOS = (("A1", "A0"), ("A2", "A1"), ("B", "A0"), ("B", "A1"), ("B", "A2"), ("C
 class RolloutBench:
     """Time whole chunks, published procedure and engine in turn; write bench JSON."""
 
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     preset: str | None = None
     """tiny (trained) or 2b, 14b (random weights); without it 2b on a GPU, else tiny."""
     picture: tuple[int, int] | None = None

@@ -48,7 +48,7 @@ from worldloop.training.world_model import WorldModelTraining
 class TrainBench:
     """Time training steps of the world model on synthetic latents; write bench JSON."""
 
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     preset: str | None = None
     """tiny, 2b or 14b; without it 2b on a GPU, else tiny."""
     picture: tuple[int, int] | None = None

@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2
 class VAEBench:
     """Time encode and decode of the autoencoder; write bench JSON."""
 
-    out: Path = Path("bench/results")
+    out: Path = Path("runs/bench")
     preset: str | None = None
     """tiny (the light autoencoder, trained) or 2b (Wan2.1's, random weights)."""
     picture: tuple[int, int] | None = None

@@ -34,15 +34,15 @@ from worldloop.engine.policy.base import Policy
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
-from worldloop.episodes import EpisodeWriter
+from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.metrics import Alignment, outcome_alignment, wilson_interval
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.imagine import held_success
 from worldloop.rl.pictures import plain_pair, write_pair
-from worldloop.rl.starts import shipped_episodes, sim_seeds
-from worldloop.rl.true_env import Replay, TrueEnv, record_replay
+from worldloop.rl.starts import shipped_episodes
+from worldloop.rl.true_env import Replay, TrueEnv, record_replay, require_truth
 from worldloop.types import Rollout, Starts
 
 Bool = npt.NDArray[np.bool_]
@@ -114,14 +114,17 @@ class Alarm:
     def __init__(
         self, config: AlarmConfig, world: WorldModel, policy: Policy, folder: Path,
         *, starts: Starts, dataset: Path | None, horizon: int, world_steps: int, seed: int,
-        precision: AbstractContextManager[Any],
+        precision: AbstractContextManager[Any], max_batch: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.world, self.folder = config, world, folder
         self.engine = RolloutEngine(world, policy, steps=world_steps)
         self.horizon, self.seed, self.precision = horizon, seed, precision
+        self.max_batch = max_batch
         self.starts = starts
         where = dataset or shipped_episodes()
-        self.sim_seeds = sim_seeds(where)[: len(starts.instructions)]
+        if not config.judges:
+            require_truth(config.true, where, horizon)
+        self.sim_seeds = EpisodeDataset(where).sim_seeds[: len(starts.instructions)]
         self.known = [i for i, n in enumerate(self.sim_seeds) if n is not None]
         if config.judges:
             self.known = list(range(len(starts.instructions)))
@@ -157,8 +160,9 @@ class Alarm:
         rows = rng.choice(self.known, count, replace=count > len(self.known)).tolist()
         with self.precision:
             rollout = self.engine.rollout(
-                self.starts.select(rows), horizon=self.horizon, decode="all",
-                seed=derive_seed(self.seed, step, -2),
+                self.starts.select(rows), horizon=self.horizon,
+                decode="all" if self.config.videos or self.config.judges else "policy",
+                seed=derive_seed(self.seed, step, -2), max_batch=self.max_batch,
             )  # fmt: skip
         return rows, rollout
 
@@ -222,7 +226,7 @@ class Alarm:
             with self.precision:
                 again = engine.rollout(
                     self.starts.select(rows), horizon=self.horizon, decode="none",
-                    seed=derive_seed(self.seed, step, -3, n),
+                    seed=derive_seed(self.seed, step, -3, n), max_batch=self.max_batch,
                 )  # fmt: skip
             votes.append(again.success)
         share = np.mean(votes, 0)
@@ -301,6 +305,6 @@ def last_trusted(folder: Path, config: AlarmConfig) -> int:
 
 def stopped(folder: Path, config: AlarmConfig, step: int) -> Check | None:
     """The check that stopped a run which has come to ``step``, if one did."""
-    steps = [n for n in check_steps(folder) if n <= step]
+    steps = [n for n in check_steps(folder) if n <= step] if config.every else []
     last = load_check(folder / f"{steps[-1]:06d}", config) if steps else None
     return last if last is not None and last.stop else None

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -22,12 +23,14 @@ import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict, positive
+from worldloop.config import config_to_dict, positive, read_json
 from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
+from worldloop.hub import resolve_pretrained
+from worldloop.ledger import checkpoint_sha256
 from worldloop.metrics import wilson_interval
 from worldloop.rl.envs.simulators import SimulatorVectorEnv
 from worldloop.rl.envs.tasks import task_preset
@@ -74,6 +77,14 @@ class Evaluation:
             "success": [bool(flag) for flag in self.success],
             "steps": [int(count) for count in self.steps],
         }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Evaluation:
+        """What `to_dict` wrote."""
+        return cls(
+            tuple(document["starts"]), np.array(document["success"], bool),
+            np.array(document["steps"], np.int64), document["frames"], document["seconds"],
+        )  # fmt: skip
 
 
 def evaluate(
@@ -209,6 +220,11 @@ def load_policy(config: EvaluateConfig) -> Policy:
     )
 
 
+def rows_of(config: EvaluateConfig) -> int:
+    """Episodes at a time in each process."""
+    return config.rows or (16 if config.env == WORLD else 1)
+
+
 def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
     """The environment of a config with that many rows (or the rows it names)."""
     if config.env == WORLD:
@@ -216,13 +232,13 @@ def make_env(config: EvaluateConfig, rows: int) -> ChunkVectorEnv:
         return WorldVectorEnv(
             world,
             load_starts(config.starts, world, config.episodes),
-            min(rows, config.rows or 16),
+            min(rows, rows_of(config)),
             horizon=config.horizon,
             steps=config.steps,
         )
     return SimulatorVectorEnv(
         config.env,
-        min(rows, config.rows or 1),
+        min(rows, rows_of(config)),
         horizon=config.horizon,
         image_size=config.image_size,
         held_frames=config.held_frames,
@@ -234,10 +250,7 @@ def _worker(config: EvaluateConfig, rows: int) -> tuple[ChunkVectorEnv, Policy]:
     return make_env(config, rows), load_policy(config)
 
 
-def _run(
-    config: EvaluateConfig, numbers: Sequence[int], rows: int, threads: int,
-    progress: Progress | None = None,
-) -> Evaluation:  # fmt: skip
+def _run(config: EvaluateConfig, numbers: Sequence[int], rows: int, threads: int) -> Evaluation:
     """The episodes of these numbers, in this process."""
     torch.set_num_threads(threads)
     env, policy = _worker(config, rows)
@@ -246,45 +259,84 @@ def _run(
         starts = [number % size for number in numbers]
     else:
         starts = [config.first_seed + number for number in numbers]
-    return evaluate(env, policy, starts, config.seed, progress, episodes=numbers)
+    return evaluate(env, policy, starts, config.seed, episodes=numbers)
 
 
 def evaluate_policy(config: EvaluateConfig) -> Evaluation:
-    """Evaluate as configured, write ``config.out``, return the evaluation."""
+    """Evaluate as configured, write ``config.out``, return the evaluation.
+
+    Parts that have finished are kept beside it (``.parts``): the same command goes on there.
+    Raises UserError where a process of it was killed.
+    """
     N, processes = config.episodes, min(config.processes, config.episodes)
-    begun = time.perf_counter()
+    # Several parts a process, none long: they end together, and a kill loses little.
+    size = max(min(math.ceil(N / (processes * 4)), 16), rows_of(config))
+    parts = [range(first, min(first + size, N)) for first in range(0, N, size)]
+    kept = config.out.with_name(config.out.name + ".parts")
+    made_by = _made_by(config)
+    done = _read_parts(kept, made_by)
+
     with Progress(N, f"evaluate {config.env}", unit="ep") as progress:
+
+        def keep(i: int, part: Evaluation) -> None:
+            done[i] = part
+            finished = {number: each.to_dict() for number, each in done.items()}
+            atomic_write_text(kept, json.dumps({**made_by, "parts": finished}) + "\n")
+            rate = np.concatenate([each.success for each in done.values()]).mean()
+            progress.update(len(part.success), success=f"{rate:.0%}")
+
+        progress.update(sum(len(part.success) for part in done.values()))
+        left = [i for i in range(len(parts)) if i not in done]
         if processes == 1:
-            whole = _run(config, range(N), N, config.threads, progress)
+            for i in left:
+                keep(i, _run(config, parts[i], size, config.threads))
             _worker.cache_clear()
         else:
-            # Several parts a process: they end together, and the bar moves.
-            size = max(1, math.ceil(N / (processes * 4)), config.rows or 1)
-            parts = [range(first, min(first + size, N)) for first in range(0, N, size)]
-            done: dict[int, Evaluation] = {}
             with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-                tasks = {
-                    pool.submit(_run, config, part, size, 1): i for i, part in enumerate(parts)
-                }
+                tasks = {pool.submit(_run, config, parts[i], size, 1): i for i in left}
                 try:
                     for task in as_completed(tasks):
-                        part = done[tasks[task]] = task.result()
-                        rate = np.concatenate([each.success for each in done.values()]).mean()
-                        progress.update(len(part.success), success=f"{rate:.0%}")
+                        keep(tasks[task], task.result())
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        "a process of the evaluation was killed (out of memory?); run it again, "
+                        f"with fewer than {processes} --processes: it goes on where it was"
+                    ) from error
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-            ordered = [done[i] for i in range(len(parts))]
-            whole = Evaluation(
-                starts=tuple(start for part in ordered for start in part.starts),
-                success=np.concatenate([part.success for part in ordered]),
-                steps=np.concatenate([part.steps for part in ordered]),
-                frames=sum(part.frames for part in ordered),
-                seconds=time.perf_counter() - begun,
-            )
-    report = {"config": config_to_dict(config), **whole.to_dict()}
+    ordered = [done[i] for i in range(len(parts))]
+    whole = Evaluation(
+        starts=tuple(start for part in ordered for start in part.starts),
+        success=np.concatenate([part.success for part in ordered]),
+        steps=np.concatenate([part.steps for part in ordered]),
+        frames=sum(part.frames for part in ordered),
+        seconds=sum(part.seconds for part in ordered) / processes,
+    )
+    report = {**made_by, **whole.to_dict()}
     atomic_write_text(config.out, json.dumps(report, indent=2) + "\n")
+    kept.unlink()
     return whole
+
+
+def _made_by(config: EvaluateConfig) -> dict[str, Any]:
+    """What a result follows from: the settings and the weights that they name at this moment."""
+    models = {"policy_sha256": config.policy}
+    if config.env == WORLD:
+        models["world_sha256"] = config.world
+    hashes = {key: checkpoint_sha256(resolve_pretrained(name)) for key, name in models.items()}
+    return {"config": config_to_dict(config), **hashes}
+
+
+def _read_parts(path: Path, made_by: dict[str, Any]) -> dict[int, Evaluation]:
+    """Finished parts of the same evaluation, by number; none where another one left them."""
+    if not path.is_file():
+        return {}
+    document = read_json(path)
+    parts = document.pop("parts", {})
+    if document != made_by:
+        return {}
+    return {int(number): Evaluation.from_dict(part) for number, part in parts.items()}
 
 
 def main(argv: list[str]) -> int:

@@ -71,7 +71,7 @@ class EvaluateWorldConfig:
     """Held-out datasets, one a task; without any the shipped one."""
     classifiers: tuple[Path, ...] = ()
     """Outcome classifiers of tasks (`worldloop train outcome`) beside the shipped ones."""
-    out: Path = Path("docs/results")
+    out: Path = Path("runs/world-model")
     """Folder of world-model.json, world-model.md and world-model-*.png."""
     count: int | None = None
     """Episodes a task, half of either outcome; without it as many as can be balanced."""

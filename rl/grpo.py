@@ -34,7 +34,7 @@ import torch
 
 from worldloop.checkpoint import load_training_state, save_training_state
 from worldloop.cli import parse_config
-from worldloop.config import positive
+from worldloop.config import config_to_dict, positive
 from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
@@ -141,6 +141,10 @@ PRESETS: dict[str, tuple[str, GRPOConfig]] = {
 }
 
 
+class Saturated(Exception):
+    """The policy succeeds nearly always in imagination: it has nothing more to learn there."""
+
+
 class GRPO:
     """The parts of one run, and `step`."""
 
@@ -191,7 +195,8 @@ class GRPO:
         """Refill rounds until there are enough mixed groups; each is kept in ``folder``."""
         config = self.config
         kept: list[Rollout] = []
-        tried = successes = 0
+        tried = successes = frames = 0
+        chunk = self.engine.world.action_spec.chunk
         wanted, mixed = config.groups, 0
         seconds: dict[str, float] = {}
         for round_ in range(config.rounds):
@@ -216,6 +221,7 @@ class GRPO:
                 rollout.success, rollout.group_id, config.accuracy_low, config.accuracy_high
             )
             tried += len(np.unique(rollout.group_id))
+            frames += int(rollout.valid[:, ::chunk].sum()) * chunk  # a chunk is imagined whole
             successes += int(rollout.success.sum())
             if len(good):
                 kept.append(rollout.select(np.isin(rollout.group_id, good)))
@@ -226,13 +232,15 @@ class GRPO:
             share = max(mixed / tried, 1 / config.groups)
             wanted = min(config.groups, int(np.ceil((config.groups - mixed) / share)))
         rate = successes / (tried * config.group_size)
-        return Collected(kept, tried, mixed, rate, seconds)
+        return Collected(kept, tried, mixed, rate, frames, seconds)
 
     def step(self, step: int, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
         """One iteration; metrics. Raises UserError when no group was mixed in any round."""
         begun = time.perf_counter()
         found = self.collect(step, folder, progress)
         imagined = time.perf_counter()
+        if not found.rollouts and step > 0 and found.success > 0.5:
+            raise Saturated(f"step {step}: {found.success:.0%} imagined success, no mixed group")
         if not found.rollouts:
             what = "failed" if found.success < 0.5 else "succeeded"
             raise UserError(
@@ -249,7 +257,6 @@ class GRPO:
         )
         learned = time.perf_counter()
         self.send_weights()
-        frames = found.groups_tried * self.config.group_size * self.config.horizon
         return {
             "imagined_success": found.success,
             "group_yield": found.mixed / found.groups_tried,
@@ -257,8 +264,8 @@ class GRPO:
             "rounds_groups": found.groups_tried,
             "episode_length": float(rollout.valid.sum(1).mean()),
             **metrics,
-            "frames": int(frames),
-            "frames_per_second": frames / (imagined - begun),
+            "frames": found.frames,
+            "frames_per_second": found.frames / found.seconds["total"],
             "seconds_rollout": imagined - begun,
             "seconds_learn": learned - imagined,
             "seconds_sync": time.perf_counter() - learned,
@@ -289,6 +296,7 @@ class Collected:
     groups_tried: int
     mixed: int
     success: float  # of all episodes imagined, the uniform groups too
+    frames: int  # imagined
     seconds: dict[str, float]
 
 
@@ -320,6 +328,7 @@ def _train(config: GRPOConfig) -> Path:
     actor = make_actor(config)
     grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)
+    _forget_others(config, step)
     grpo.send_weights()
     alarm = make_alarm(config, grpo)
     run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
@@ -335,7 +344,12 @@ def _train(config: GRPOConfig) -> Path:
     with run.progress(config.steps, "grpo", unit="step", initial=step) as progress:
         while step < config.steps and stopped(config.out / "alarm", config.alarm, step) is None:
             rounds = config.out / "rollouts" / f"{step:06d}"
-            metrics = grpo.step(step, rounds)
+            try:
+                metrics = grpo.step(step, rounds)
+            except Saturated as reason:
+                print(f"{reason}; the run ends here")
+                keep(config, policy, step)
+                break
             step += 1
             last = step == config.steps
             if config.evaluate_every and (step % config.evaluate_every == 0 or last):
@@ -375,7 +389,7 @@ def make_alarm(config: GRPOConfig, grpo: GRPO) -> Alarm | None:
     return Alarm(
         config.alarm, grpo.engine.world, grpo.actor, config.out / "alarm", starts=grpo.starts,
         dataset=config.starts, horizon=config.horizon, world_steps=config.world_steps,
-        seed=config.seed, precision=grpo.precision,
+        seed=config.seed, precision=grpo.precision, max_batch=config.max_batch,
     )  # fmt: skip
 
 
@@ -386,6 +400,23 @@ def make_actor(config: GRPOConfig) -> TokenPolicy | None:
     if config.actor == "vllm":
         return VLLMPolicy(config.policy, temperature=config.temperature)
     return HTTPPolicy(config.actor, temperature=config.temperature)
+
+
+IMAGINED_BY = ("policy", "world", "starts", "groups", "group_size", "horizon", "temperature",
+               "coherence", "world_steps", "share_noise", "seed", "evaluate_starts", "precision",
+               "alarm")  # fmt: skip
+
+
+def _forget_others(config: GRPOConfig, step: int) -> None:
+    """Drop refill rounds, and before step 1 the alarm's first check, that other settings left."""
+    plain = config_to_dict(config)
+    made_by = json.dumps({name: plain[name] for name in IMAGINED_BY}, indent=2) + "\n"
+    path = config.out / "imagined_by.json"
+    if path.is_file() and path.read_text() != made_by:
+        shutil.rmtree(config.out / "rollouts", ignore_errors=True)
+        if step == 0:
+            shutil.rmtree(config.out / "alarm", ignore_errors=True)
+    atomic_write_text(path, made_by)
 
 
 def _resume(config: GRPOConfig, grpo: GRPO) -> int:

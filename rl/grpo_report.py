@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from worldloop.cli import parse_config
-from worldloop.config import read_json
+from worldloop.config import config_to_dict, read_json
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
-from worldloop.metrics import wilson_interval
+from worldloop.ledger import checkpoint_sha256
+from worldloop.metrics import pooled_success
 from worldloop.rl.evaluate import EvaluateConfig, evaluate_policy
 from worldloop.track import git_commit, read_rows
 
@@ -37,8 +38,8 @@ class ReportConfig:
     first_seed: int = 3_000_000
     horizon: int = 72
     processes: int = 2
-    out: Path = Path("docs/results/grpo.json")
-    figure: Path = Path("docs/img/grpo-curve.png")
+    out: Path = Path("runs/grpo-report/grpo.json")
+    figure: Path = Path("runs/grpo-report/grpo-curve.png")
     command: str = ""
     """The commands that made the runs, for the record."""
 
@@ -53,8 +54,12 @@ def true_success(config: ReportConfig, policy: Path, episodes: int) -> dict[str,
     if not out.is_file():
         evaluate_policy(wanted)
     result = read_json(out)
-    if result["episodes"] != episodes or result["config"]["first_seed"] != config.first_seed:
-        raise UserError(f"{out}: is of other start states; delete it and run again")
+    plain = config_to_dict(wanted)
+    for key in ("env", "episodes", "first_seed", "horizon"):
+        if result["config"][key] != plain[key]:
+            raise UserError(f"{out}: has another {key}; delete it and run again")
+    if result["policy_sha256"] != checkpoint_sha256(policy):
+        raise UserError(f"{out}: is of another policy; delete it and run again")
     return result
 
 
@@ -70,9 +75,12 @@ def summarise(config: ReportConfig) -> dict[str, Any]:
     seeds, imagined, true, frames, seconds = [], [], [], 0, 0.0
     for run in config.runs:
         settings = read_json(run / "config.json")
-        policies = sorted((run / "policies").glob("[0-9]*"))
+        if not (run / "done.json").is_file():
+            raise UserError(f"{run}: is not finished (no done.json); run it again, it goes on")
+        last = read_json(run / "done.json")["steps"]  # after an alarm, the last trusted policy
+        policies = [p for p in sorted((run / "policies").glob("[0-9]*")) if int(p.name) <= last]
         if len(policies) < 2:
-            raise UserError(f"{run}: holds {len(policies)} policies; a finished run is needed")
+            raise UserError(f"{run}: holds {len(policies)} policies; 2 or more are compared")
         rows = read_rows(run / "metrics.jsonl")
         ends = [true_success(config, p, config.episodes) for p in (policies[0], policies[-1])]
         before, after = (figures(end) for end in ends)
@@ -91,12 +99,10 @@ def summarise(config: ReportConfig) -> dict[str, Any]:
         frames += sum(row.get("frames", 0) for row in rows)
         seconds += rows[-1]["seconds"]
     gains = np.array([seed["gain_points"] for seed in seeds])
-    count = config.episodes * len(seeds)
     pooled = {
-        name: {"success": sum(seed[name]["successes"] for seed in seeds) / count,
-               "ci95": list(wilson_interval(sum(s[name]["successes"] for s in seeds), count))}
+        name: pooled_success([seed[name]["successes"] for seed in seeds], config.episodes)
         for name in ("before", "after")
-    }  # fmt: skip
+    }
     return {
         "task": config.env,
         "episodes": config.episodes,

@@ -16,7 +16,7 @@ import numpy as np
 
 import worldloop
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
-from worldloop.engine.world_model import Steps, WorldModel
+from worldloop.engine.world_model import Decode, Steps, WorldModel
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.outcome import OutcomeClassifier, actions_only_accuracy, load_actions_only
@@ -89,14 +89,22 @@ class HeldOut:
         return self.pick(sorted(ends[0][:each] + ends[1][:each]))
 
 
-def load_held_out(folder: Path, count: int | None, world: WorldModel, least: int = 2) -> HeldOut:
-    """Read episodes, ``least`` or more, that fit the world model; UserError names what does not."""
+def load_held_out(
+    folder: Path, count: int | None, world: WorldModel, least: int = 2, *, frames: bool = True
+) -> HeldOut:
+    """Read episodes, ``least`` or more, that fit the world model; UserError names what does not.
+
+    frames=False decodes only the first frame of each, and shows it in place of all others.
+    """
     dataset = EpisodeDataset(folder)
     number = len(dataset) if count is None else min(count, len(dataset))
     if number < least:
         raise UserError(f"{folder}: holds {len(dataset)} episodes; at least {least} are needed")
     world.action_spec.require_same(dataset.meta.action_spec, "the world model", str(folder))
-    episodes = [dataset.read(i) for i in range(number)]
+    if frames:
+        episodes = [dataset.read(i) for i in range(number)]
+    else:
+        episodes = [_first_only(dataset, i) for i in range(number)]
     lengths = {len(episode.actions) for episode in episodes}
     chunk = world.action_spec.chunk
     if len(lengths) > 1 or min(lengths) % chunk:
@@ -105,6 +113,12 @@ def load_held_out(folder: Path, count: int | None, world: WorldModel, least: int
             f"of the world model's chunk ({chunk})"
         )
     return HeldOut(episodes, folder, dataset.meta.env_id, dataset.meta.action_spec.control_hz)
+
+
+def _first_only(dataset: EpisodeDataset, number: int) -> Episode:
+    episode, first = dataset.read(number, frames=False), dataset.first_frame(number)
+    shown = np.broadcast_to(first, (len(episode.frames), *first.shape))
+    return dataclasses.replace(episode, frames=shown)
 
 
 def find_classifier(
@@ -132,10 +146,11 @@ def imagine(
     seed: int,
     title: str | None = None,
     max_batch: int | None = None,
+    decode: Decode = "all",
 ) -> tuple[Rollout, float]:
     """Imagine every episode, at most ``max_batch`` at once; the rollout, its wall-clock seconds.
 
-    With a ``title`` the progress is shown.
+    With a ``title`` the progress is shown; ``decode`` as `RolloutEngine.rollout` has it.
     """
     engine = RolloutEngine(world, ReplayPolicy(actions_NTA, world.action_spec), steps=steps)
     horizon = actions_NTA.shape[1]
@@ -143,7 +158,7 @@ def imagine(
     bar = None if title is None else Progress(len(actions_NTA) * horizon, title, unit="frame")
     with bar or nullcontext():
         rollout = engine.rollout(
-            held_out.starts, horizon=horizon, seed=seed, decode="all", max_batch=max_batch,
+            held_out.starts, horizon=horizon, seed=seed, decode=decode, max_batch=max_batch,
             progress=bar,
         )  # fmt: skip
     return rollout, time.perf_counter() - since

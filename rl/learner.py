@@ -40,7 +40,7 @@ class LearnerConfig:
     grad_clip: float = 1.0
     clip: ClipConfig = ClipConfig()
     mini_batch: int = 128
-    """Episodes an optimizer step."""
+    """Most episodes an optimizer step; an iteration's are shared out evenly."""
     micro_batch: int = 16
     """Decisions a forward pass; gradients add up over them."""
     epochs: int = 1
@@ -169,8 +169,9 @@ class Learner:
             gap = {"gap_mean": 0.0, "gap_max": 0.0}
         for _ in range(config.epochs):
             order = rng.permutation(len(e.tokens))
-            for i in range(0, len(order), config.mini_batch):
-                rows = np.sort(order[i : i + config.mini_batch])
+            # As even as can be: a step is as long however few episodes its gradient is of.
+            for episodes in np.array_split(order, -(-len(order) // config.mini_batch)):
+                rows = np.sort(episodes)
                 weights = np.zeros(e.valid.shape, np.float32)
                 weights[rows] = trajectory_weights(e.valid[rows], e.tokens.shape[-1])
                 self.optimizer.zero_grad()

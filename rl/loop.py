@@ -28,6 +28,7 @@ import tyro
 from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
 from worldloop.config import config_from_dict, config_to_dict, read_json
+from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
 from worldloop.ledger import Ledger, Record, code_sha256, path_sha256
@@ -45,6 +46,7 @@ from worldloop.rl.stages import (
     improve,
     label,
 )
+from worldloop.rl.true_env import require_truth
 from worldloop.track import git_commit
 
 
@@ -130,6 +132,7 @@ class Loop:
 
     def _open(self, rounds: int) -> None:
         """Write loop.json, or compare it and every record with what runs now."""
+        self._require_data()
         base = {
             "policy": path_sha256(self._resolved(self.config.policy)),
             "world": path_sha256(self._resolved(self.config.world)),
@@ -152,6 +155,25 @@ class Loop:
             "config": config_to_dict(self.config),
         }  # fmt: skip
         atomic_write_text(self._settings, json.dumps(values, indent=2) + "\n")
+
+    def _require_data(self) -> None:
+        """Refuse now what collected episodes could not be merged with, or seen by evaluation."""
+        config, true = self.config, self.config.true
+        if config.recorded or not true.simulated:
+            return
+        seen = range(config.evaluation_seed, config.evaluation_seed + config.evaluations)
+        for path in config.data:
+            require_truth(true, path, config.grpo.horizon)
+            dataset = EpisodeDataset(path)
+            for name in ("horizon", "image_size"):
+                here, there = getattr(true, name), getattr(dataset.meta, name)
+                if here != there:
+                    raise UserError(f"{path}: its {name} is {there}; give true.{name} {there}")
+            if any(seed in seen for seed in dataset.sim_seeds if seed is not None):
+                raise UserError(
+                    f"{path}: holds start states of the evaluation (seeds {seen.start} to "
+                    f"{seen.stop - 1}); give another evaluation_seed"
+                )
 
     def _require_same(self, old: dict[str, Any]) -> None:
         remedy = "begin a loop in another folder, or go on all the same with --accept-changes"

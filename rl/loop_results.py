@@ -23,7 +23,7 @@ from worldloop.config import read_json
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
-from worldloop.metrics import wilson_interval
+from worldloop.metrics import pooled_success
 from worldloop.rl.grpo_report import cell
 from worldloop.rl.held_out import HeldOut, imagine, load_held_out
 from worldloop.rl.imagine import held_success
@@ -43,9 +43,9 @@ class LoopReportConfig:
     """loop.json of loops that lie elsewhere, by this command: their seeds and cost are added."""
     rounds: int = 2
     """The last round that is reported."""
-    out: Path = Path("docs/results/loop.json")
-    figure: Path = Path("docs/img/loop-success.png")
-    sheet: Path = Path("docs/img/loop-fooled.jpg")
+    out: Path = Path("runs/loop-report/loop.json")
+    figure: Path = Path("runs/loop-report/loop-success.png")
+    sheet: Path = Path("runs/loop-report/loop-fooled.jpg")
     pictures: int = 4
     """Most episodes on the sheet."""
     threads: int = 1
@@ -122,12 +122,6 @@ def load_report(path: Path, names: Sequence[str]) -> dict[str, Any]:
         last = len(names) - 1
         raise UserError(f"{path}: is no report of `worldloop loop report` over {last} rounds")
     return document
-
-
-def pooled(seeds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """All seeds of a task as one proportion; their start states are the same."""
-    successes, count = (sum(seed[name][k] for seed in seeds) for k in ("successes", "episodes"))
-    return {"success": successes / count, "ci95": list(wilson_interval(successes, count))}
 
 
 # ---------------------------------------------------------------- what fooled round 1
@@ -257,7 +251,12 @@ def summarise(config: LoopReportConfig) -> tuple[dict[str, Any], list[Pair]]:
         seeds = [seed["seed"] for seed in found["seeds"]]
         if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
             raise UserError(f"{name}: seed {twice[0]} is there twice; give each loop once")
-        found["pooled"] = {name: pooled(found["seeds"], name) for name in names}
+        if len(counts := {seed[n]["episodes"] for seed in found["seeds"] for n in names}) > 1:
+            raise UserError(f"{name}: evaluated over {sorted(counts)} episodes; report them apart")
+        found["pooled"] = {
+            name: pooled_success([seed[name]["successes"] for seed in found["seeds"]], *counts)
+            for name in names
+        }
         found["gain_points"] = {
             name: 100 * (found["pooled"][name]["success"] - found["pooled"]["base"]["success"])
             for name in names[1:]

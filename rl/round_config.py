@@ -81,7 +81,9 @@ class RoundConfig:
             raise UserError(f"limit_s is {self.limit_s}; expected more than 0 seconds")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; expected 0 or more")
-        if self.first_seed < self.evaluation_seed < self.first_seed + 100 * self.episodes:
+        collected = range(self.first_seed, self.first_seed + 100 * self.episodes)
+        evaluated = range(self.evaluation_seed, self.evaluation_seed + self.evaluations)
+        if max(collected.start, evaluated.start) < min(collected.stop, evaluated.stop):
             raise UserError(
                 "first_seed: collection would come to the seeds of the evaluation; choose them "
                 "farther apart"

@@ -173,13 +173,14 @@ def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any
     """
     grpo = config.grpo
     world = WorldModel.from_pretrained(model, device=grpo.device)
-    real = load_held_out(episodes, None, world, least=1)
+    real = load_held_out(episodes, None, world, least=1, frames=False)
     real = real.first(len(real.episodes), grpo.horizon)
     true = np.array([held_success(e.reward, config.true.held_frames) for e in real.episodes])
     with autocast(torch.device(grpo.device), grpo.precision):
         rollout, _ = imagine(
-            world, real, real.actions, grpo.world_steps, config.seed, max_batch=grpo.max_batch
-        )
+            world, real, real.actions, grpo.world_steps, config.seed, max_batch=grpo.max_batch,
+            decode="none",
+        )  # fmt: skip
     general = RewardFit(world.config.reward_threshold, world.config.held_frames, 0.0)
     before = outcome_alignment(true, general.success(rollout.reward))
     facts: dict[str, Any] = {"agreement_general_rule": before.rate}
@@ -203,7 +204,9 @@ def improve(
     judges: world models that the alarm asks where there is no simulator.
     """
     out = at / "improve"
-    alarm = replace(config.grpo.alarm, true=config.true)
+    alarm = replace(
+        config.grpo.alarm, true=config.true, processes=config.processes, limit_s=config.limit_s
+    )
     if judges and not alarm.judges:
         alarm = replace(alarm, judges=tuple(map(str, judges)))
     grpo = replace(

@@ -45,13 +45,3 @@ def load_starts(folder: Path | None, world: WorldModel, limit: int | None = None
         poses.append(episode.states[0])
         texts.append(episode.instruction)
     return Starts(np.stack(frames)[:, None, None], np.stack(poses), tuple(texts))
-
-
-def sim_seeds(folder: Path) -> list[int | None]:
-    """By episode, the seed that a simulator's reset begins it from again; None for recorded ones.
-
-    With it the simulator shows the episode's first frame and pose once more, and the same actions
-    lead to the same outcome.
-    """
-    seeds = [episode.info.get("sim_seed") for episode in EpisodeDataset(folder).stream(False)]
-    return [None if seed is None else int(seed) for seed in seeds]

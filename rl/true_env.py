@@ -18,7 +18,7 @@ from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
-from worldloop.episodes import DatasetMeta
+from worldloop.episodes import DatasetMeta, EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.registry import load
 from worldloop.rl.collect import policy_episode
@@ -48,16 +48,19 @@ class TrueEnv:
     """Denoising steps of `world`."""
 
     def __post_init__(self) -> None:
-        if self.env == WORLD:
-            if not self.world:
-                raise UserError("world: env is `world`; name the checkpoint that is the truth")
-            return
-        if ":" in self.env:
+        if self.env == WORLD and not self.world:
+            raise UserError("world: env is `world`; name the checkpoint that is the truth")
+        if not self.simulated:
             return
         try:
             task_preset(self.env)
         except ValueError as error:
             raise UserError(f"env: {error}; `{WORLD}`, or your own package.module:Class") from error
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it is a task of a simulator."""
+        return self.env != WORLD and ":" not in self.env
 
     def evaluation(self, config: Evaluating) -> EvaluateConfig:
         """`worldloop evaluate policy` here, greedy, an episode at a time."""
@@ -67,6 +70,21 @@ class TrueEnv:
             world=self.world or "tiny", starts=self.starts, steps=self.steps,  # type: ignore[arg-type]
             rows=1, threads=1,
         )  # fmt: skip
+
+
+def require_truth(true: TrueEnv, dataset: Path, horizon: int) -> None:
+    """Raises UserError unless the truth can play ``horizon`` actions from the dataset's starts."""
+    if horizon > true.horizon:
+        raise UserError(
+            f"horizon is {horizon}, but the true environment's is {true.horizon}; "
+            f"give true.horizon {horizon} or more"
+        )
+    task = EpisodeDataset(dataset).meta.env_id
+    if true.simulated and true.env != task:
+        raise UserError(
+            f"{dataset}: its episodes are of {task}, the true environment is {true.env}; "
+            f"give true.env {task}, or starts of that task"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,4 +14,4 @@ for task in "${tasks[@]}"; do
   worldloop collect --env "$task-v1" --out "$out" --episodes "$episodes" --shard 4 --seed 100
   sets+=("$out")
 done
-worldloop data stats "${sets[@]}" --json docs/results/data.json --montages docs/img/data
+worldloop data stats "${sets[@]}" --json "$folder/data.json" --montages "$folder/montages"

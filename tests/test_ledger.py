@@ -11,6 +11,7 @@ import torch
 from worldloop.checkpoint import save_checkpoint
 from worldloop.errors import UserError
 from worldloop.ledger import Ledger, checkpoint_sha256, code_sha256, path_sha256, text_sha256
+from worldloop.outcome import save_actions_only
 
 
 def test_a_checkpoint_is_its_content_whatever_its_files_are_called(tmp_path: Path) -> None:
@@ -37,6 +38,14 @@ def test_a_policy_is_all_its_files(tmp_path: Path) -> None:
     assert path_sha256(tmp_path) != before
     (tmp_path / ".lock").touch()
     shard.write_bytes(b"one")
+    assert path_sha256(tmp_path) == before
+
+
+def test_reading_a_datasets_card_does_not_change_it(tmp_path: Path) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text("{}")
+    before = path_sha256(tmp_path)
+    save_actions_only(tmp_path, {"accuracy": 0.5})
     assert path_sha256(tmp_path) == before
 
 

@@ -172,6 +172,14 @@ def test_wilson_interval_of_published_values() -> None:
         metrics.wilson_interval(3, 2)
 
 
+def test_seeds_that_share_their_starts_are_not_more_episodes() -> None:
+    """One policy measured three times is known as well as measured once."""
+    once = metrics.pooled_success([70], 200)
+    assert metrics.pooled_success([70, 70, 70], 200) == once
+    assert once["ci95"] == pytest.approx([0.2873, 0.4184], abs=1e-4)
+    assert metrics.pooled_success([60, 81], 200)["success"] == pytest.approx(0.3525)
+
+
 def episode(success: bool, T: int = 4, seed: int = 0) -> Episode:
     rng = np.random.default_rng(seed)
     frames = np.stack([scene(30 + 5 * t, 60, 64) for t in range(T + 1)])

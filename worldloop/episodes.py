@@ -292,6 +292,16 @@ class EpisodeDataset:
     def seeds(self) -> list[int]:
         return [row["seed"] for row in self._index]
 
+    @property
+    def sim_seeds(self) -> list[int | None]:
+        """By episode, the seed that a simulator's reset begins it from again (None: recorded).
+
+        With it the simulator shows the episode's first frame and pose once more, and the same
+        actions lead to the same outcome.
+        """
+        seeds = [json.loads(row["info"]).get("sim_seed") for row in self._index]
+        return [None if seed is None else int(seed) for seed in seeds]
+
     def read(self, episode: int, frames: bool = True) -> Episode:
         """One episode; ``frames=False`` leaves the pictures out (an empty array of zeros)."""
         entry = self._entry(episode)

@@ -27,8 +27,10 @@ from typing import Any
 from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, file_sha256
+from worldloop.outcome import ACTIONS_ONLY
 
-NOT_READ = ("claimed.json", "actions-only.json")  # in a dataset's meta/: of no reader's concern
+# Files of a dataset's meta/ that no reader reads: who writes which episode, and a card's result.
+NOT_READ = ("claimed.json", Path(ACTIONS_ONLY).name)
 ROOMS = ("kernels", "engine", "rl", "training")  # beside the ground floor; bench decides nothing
 
 

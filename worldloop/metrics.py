@@ -248,7 +248,7 @@ def outcome_alignment(true_B: Bool, predicted_B: Bool) -> Alignment:
     )
 
 
-def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a share ``right / count``; (nan, nan) for an empty count."""
     if not 0 <= right <= count:
         raise UserError(f"right is {right} of {count}; expected 0 <= right <= count")
@@ -259,6 +259,16 @@ def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float,
     half = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def pooled_success(successes: Sequence[int], count: int) -> dict[str, Any]:
+    """Mean success over seeds that were measured on the same ``count`` start states.
+
+    The interval is that of ``count`` episodes: a start state that several seeds share is one draw
+    (one policy measured three times over is no better known).
+    """
+    mean = sum(successes) / len(successes)
+    return {"success": mean / count, "ci95": list(wilson_interval(mean, count))}
 
 
 # ---------------------------------------------------------------- a rollout against its episodes

@@ -120,6 +120,17 @@ def test_judges_stand_in_for_a_simulator(home, tmp_path, monkeypatch):
     assert not check.stop and check.counts.true_success == 16 and check.disagreement == 0
 
 
+def test_truth_of_another_task_is_refused(home, tmp_path):
+    """PullCube's seeds and actions played in PushCube would make every success a false one."""
+    pull = write_pool(tmp_path / "pull", "PullCube-v1")
+    alarm = dataclasses.replace(ALARM, true=TrueEnv("PushCube-v1"))
+    with pytest.raises(UserError, match="are of PullCube-v1, the true environment is PushCube-v1"):
+        train(config_of(home, tmp_path / "run", starts=pull, alarm=alarm))
+    short = dataclasses.replace(ALARM, true=dataclasses.replace(ALARM.true, horizon=HORIZON - 8))
+    with pytest.raises(UserError, match=f"horizon is {HORIZON}, but the true environment's is"):
+        train(config_of(home, tmp_path / "short", alarm=short))
+
+
 def test_starts_that_cannot_be_begun_again_are_an_error(home, tmp_path):
     other = write_pool(tmp_path / "pool")
     for path in (other / "meta/episodes").rglob("*.parquet"):
@@ -155,11 +166,12 @@ def test_success_is_a_flag_that_holds():
 @pytest.mark.sim
 def test_imagined_actions_are_replayed_in_the_simulator(tmp_path):
     """The same start picture, and for recorded actions the recorded outcome."""
-    from worldloop.rl.starts import shipped_episodes, sim_seeds
+    from worldloop.rl.starts import shipped_episodes
     from worldloop.rl.true_env import Replay, record_replay
 
     folder = shipped_episodes()
-    dataset, seeds = EpisodeDataset(folder), sim_seeds(folder)
+    dataset = EpisodeDataset(folder)
+    seeds = dataset.sim_seeds
     true = TrueEnv("PushCube-v1")
     for i in (0, 40):
         recorded = dataset.read(i)

@@ -177,25 +177,33 @@ def stand_ins(
     monkeypatch: pytest.MonkeyPatch,
     point_sim: type[PointSim],
     drawing_policy: type[DrawingPolicy],
-) -> None:
-    """The command with a policy that draws and a simulator without physics."""
+    tmp_path: Path,
+) -> Path:
+    """The command with a policy that draws (its folder) and a simulator without physics."""
 
     def simulated(env_id: str, rows: int, **options: Any) -> SimulatorVectorEnv:
         return SimulatorVectorEnv(env_id, rows, simulator=point_sim, **options)
 
     monkeypatch.setattr(module, "SimulatorVectorEnv", simulated)
     monkeypatch.setattr(module, "load_policy", lambda config: drawing_policy(ActionSpec(), 0.4))
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
 
 
-@pytest.mark.usefixtures("stand_ins")
 def test_command_writes_every_outcome(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], point_sim: type[PointSim]
+    stand_ins: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    point_sim: type[PointSim],
 ) -> None:
     out = tmp_path / "deep/evaluation.json"
-    argv = ["evaluate", "policy", "--policy", "none", "--episodes", "6", "--out", str(out)]
+    argv = ["evaluate", "policy", "--policy", str(stand_ins), "--episodes", "6", "--out", str(out)]
     assert cli.main([*argv, "--rows", "2", "--threads", "1"]) == 0
     told = json.loads(out.read_text())
-    assert told["config"]["policy"] == "none" and told["config"]["first_seed"] == 3_000_000
+    assert told["config"]["policy"] == str(stand_ins)
+    assert told["config"]["first_seed"] == 3_000_000
     assert told["starts"] == list(range(3_000_000, 3_000_006))
     line = capsys.readouterr().out
     assert f"{told['successes']} of 6 episodes succeed" in line and "95 % interval" in line
@@ -203,11 +211,44 @@ def test_command_writes_every_outcome(
     assert [path.name for path in out.parent.iterdir()] == ["evaluation.json"]
 
 
-@pytest.mark.usefixtures("stand_ins")
-def test_command_in_imagination(tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on(
+    stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished parts are kept for the same settings and weights, and for no others."""
+    whole = EvaluateConfig(str(stand_ins), episodes=6, threads=1, out=tmp_path / "whole.json")
+    expected = evaluate_policy(whole)
+    config = dataclasses.replace(whole, out=tmp_path / "killed.json")
+    kept, run, played = tmp_path / "killed.json.parts", module._run, []
+
+    def killed(config: EvaluateConfig, numbers: range, *sizes: int) -> Evaluation:
+        if len(played) == 2:
+            raise KeyboardInterrupt
+        played.append(numbers)
+        return run(config, numbers, *sizes)
+
+    monkeypatch.setattr(module, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(config)
+    assert kept.is_file() and not config.out.exists()
+    unlike = json.loads(kept.read_text()) | {"policy_sha256": "of other weights"}
+    assert len(module._read_parts(kept, module._made_by(config))) == 2
+    (tmp_path / "unlike.parts").write_text(json.dumps(unlike))
+    assert module._read_parts(tmp_path / "unlike.parts", module._made_by(config)) == {}
+    played.clear()
+    assert evaluate_policy(config).success.tolist() == expected.success.tolist()
+    assert len(played) == 1 and not kept.exists()
+
+
+def test_command_in_imagination(stand_ins: Path, tmp_path: Path) -> None:
     """The shipped world model from the first frames of a dataset, which repeat."""
     config = EvaluateConfig(
-        "none", env="world", episodes=3, horizon=24, rows=2, threads=1, out=tmp_path / "e.json"
+        str(stand_ins),
+        env="world",
+        episodes=3,
+        horizon=24,
+        rows=2,
+        threads=1,
+        out=tmp_path / "e.json",
     )
     result = evaluate_policy(config)
     assert result.starts == (0, 1, 2) and result.frames == 72
@@ -233,8 +274,8 @@ def test_config_errors(options: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--env", "world", "--starts", "nowhere"], "nowhere"),
-        (["--env", "world", "--world", "nowhere"], "nowhere"),
+        (["--env", "world", "--starts", "nowhere", "--policy", "policy/pushcube"], "nowhere"),
+        (["--env", "world", "--world", "nowhere", "--policy", "policy/pushcube"], "nowhere"),
         (["--env", "world", "--episodes", "1"], "no-such-policy"),
     ],
 )

@@ -92,6 +92,38 @@ def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, sma
     assert [m["optimizer_steps"] for m in metrics] == [1] * 5 and policy.version == 5
 
 
+def test_optimizer_steps_are_of_equally_many_episodes(
+    small_world, small_policy, pool, monkeypatch
+):
+    """Twelve episodes, at most seven a step: six and six, not seven and five."""
+    policy = small_policy()
+    e = experience(small_world, policy, pool)
+    config = dataclasses.replace(LEARN, mini_batch=7, old_logprobs="rollout")
+    learner, seen = Learner(policy, config), []
+    decisions = learner._decisions
+
+    def counted(e, rows):
+        seen.append(sorted(rows))
+        return decisions(e, rows)
+
+    monkeypatch.setattr(learner, "_decisions", counted)
+    assert learner.update(e, seed=0)["optimizer_steps"] == 2
+    assert [len(rows) for rows in seen] == [6, 6] and sorted(sum(seen, [])) == list(range(12))
+
+
+def test_frames_are_those_that_were_imagined(tmp_path, small_world, small_policy, pool):
+    """Episodes that end with the first chunk have no second one."""
+    config = config_of(tmp_path, groups=3, rounds=1)
+    grpo = GRPO(config, small_world, small_policy(), pool)
+    rolled = []
+    grpo.imagine = lambda *args, **options: rolled.append(
+        GRPO.imagine(grpo, *args, **options)
+    ) or rolled[-1]
+    found = grpo.collect(0, tmp_path / "rounds")
+    ends = [np.flatnonzero(valid)[-1] for valid in rolled[0].valid]
+    assert found.frames == sum(8 * (end // 8 + 1) for end in ends) < 12 * config.horizon
+
+
 def test_run_writes_metrics_policies_and_learns_on_mixed_groups_only(at_home):
     config = config_of(at_home, accuracy_low=0.1, accuracy_high=0.9, evaluate_every=1,
                        evaluate_starts=3)  # fmt: skip
@@ -163,6 +195,38 @@ def test_uniform_groups_stop_the_run_with_the_reason(
     with pytest.raises(UserError, match="2 rounds were too uniform .imagined success 0%") as error:
         grpo.step(0, tmp_path / "rounds")
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_always_succeeds_ends_the_run(at_home, small_world, monkeypatch, capsys):
+    """From its second step on, and again when it is started again: it does not fail for ever."""
+    config = config_of(at_home, steps=3, accuracy_low=0.1, accuracy_high=0.9, rounds=20)
+    train(dataclasses.replace(config, steps=1))
+    monkeypatch.setattr(
+        small_world, "config",
+        dataclasses.replace(small_world.config, reward_threshold=0.0, held_frames=1),
+    )  # fmt: skip
+    for _ in range(2):
+        assert train(config).name == "000001"
+        assert json.loads((config.out / "done.json").read_text())["steps"] == 1
+        assert "step 1: 100% imagined success, no mixed group; the run ends" in (
+            capsys.readouterr().out
+        )
+
+
+def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monkeypatch):
+    config = config_of(at_home, groups=4, accuracy_low=0.1, accuracy_high=0.9, rounds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            small_world, "config", dataclasses.replace(small_world.config, reward_threshold=1.0)
+        )
+        with pytest.raises(UserError, match="too uniform"):
+            train(config)
+    rounds = config.out / "rollouts/000000"
+    assert len(list(rounds.iterdir())) == 2
+    with pytest.raises(UserError, match="too uniform"):
+        train(config)  # the same settings: read back
+    done = train(dataclasses.replace(config, temperature=config.temperature + 0.1))
+    assert done.name == "000002"
 
 
 def test_bad_input_is_one_clear_line(tmp_path, small_world, small_policy, pool):

@@ -1,11 +1,14 @@
 """The report of GRPO runs: figures, intervals, curve and refusals, from evaluations on disk."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from worldloop.config import config_to_dict
 from worldloop.errors import UserError
+from worldloop.ledger import checkpoint_sha256
 from worldloop.metrics import wilson_interval
 from worldloop.rl import grpo_report
 from worldloop.rl.evaluate import Evaluation
@@ -23,7 +26,10 @@ def make_run(folder, seed: int):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in RATES[seed]:
-        (folder / f"policies/{step:06d}").mkdir(parents=True)
+        policy = folder / f"policies/{step:06d}"
+        policy.mkdir(parents=True)
+        (policy / "config.json").write_text(json.dumps({"step": step}))
+    (folder / "done.json").write_text(json.dumps({"steps": 20, "alarm": None}))
     return folder
 
 
@@ -43,7 +49,8 @@ def runs(tmp_path, monkeypatch):
             np.full(config.episodes, 30), 100, 1.0,
         )  # fmt: skip
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"config": {"first_seed": config.first_seed}, **found.to_dict()}
+        document = {"config": config_to_dict(config), **found.to_dict(),
+                    "policy_sha256": checkpoint_sha256(Path(config.policy))}  # fmt: skip
         config.out.write_text(json.dumps(document))
 
     monkeypatch.setattr(grpo_report, "evaluate_policy", evaluate)
@@ -60,7 +67,7 @@ def test_figures_and_curves(runs, tmp_path):
     assert second["after"]["success"] == 0.6 and second["gain_points"] == pytest.approx(25)
     assert found["mean_gain_points"] == pytest.approx((20 + 25) / 2)
     assert found["pooled"]["after"] == {
-        "success": 230 / 400, "ci95": list(wilson_interval(230, 400))
+        "success": 115 / 200, "ci95": list(wilson_interval(115, 200))
     }  # fmt: skip
     # Every point of a curve is of the same first 50 starts, the ends' too.
     assert found["true_curve"][1] == [[0, pytest.approx(0.35, abs=0.02)], [10, 0.5], [20, 0.6]]
@@ -82,9 +89,17 @@ def test_refusals(runs, tmp_path):
     with pytest.raises(UserError, match="at least one output folder"):
         summarise(ReportConfig(runs=()))
     summarise(ReportConfig(runs=folders[:1]))
-    with pytest.raises(UserError, match="is of other start states; delete it"):
+    with pytest.raises(UserError, match="has another first_seed; delete it"):
         summarise(ReportConfig(runs=folders[:1], first_seed=5))
+    with pytest.raises(UserError, match="has another horizon; delete it"):
+        summarise(ReportConfig(runs=folders[:1], horizon=48))
+    (folders[0] / "policies/000020/config.json").write_text('{"step": 21}')
+    with pytest.raises(UserError, match="000020-200.json: is of another policy; delete it"):
+        summarise(ReportConfig(runs=folders[:1]))
     (tmp_path / "empty/policies").mkdir(parents=True)
     (tmp_path / "empty/config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds 0 policies; a finished run is needed"):
+    with pytest.raises(UserError, match="is not finished"):
+        summarise(ReportConfig(runs=(tmp_path / "empty",)))
+    (tmp_path / "empty/done.json").write_text('{"steps": 5}')
+    with pytest.raises(UserError, match="holds 0 policies; 2 or more are compared"):
         summarise(ReportConfig(runs=(tmp_path / "empty",)))

@@ -185,12 +185,13 @@ def test_loops_are_reported_together(finished, tmp_path, capsys):
     assert [seed["seed"] for seed in joined["tasks"]["world"]["seeds"]] == [0, 7]
     assert joined["hours"] == pytest.approx(2 * document["hours"])
     assert joined["frames"]["imagined"] == 2 * document["frames"]["imagined"]
-    low, high = joined["tasks"]["world"]["pooled"]["base"]["ci95"]
-    alone = found["pooled"]["base"]["ci95"]
-    assert high - low < alone[1] - alone[0]
+    assert joined["tasks"]["world"]["pooled"]["base"] == found["pooled"]["base"]
+    fewer = copy.deepcopy(other)
+    fewer["tasks"]["world"]["seeds"][0]["base"]["episodes"] = 3
     for change, said in (
         ({"horizon": 1}, "measured differently"), ({"tasks": {"world": {}}}, "is no report"),
         ({"tasks": document["tasks"]}, "seed 0 is there twice"),
+        ({"tasks": fewer["tasks"]}, "world: evaluated over .*; report them apart"),
     ):  # fmt: skip
         path.write_text(json.dumps(other | change))
         with pytest.raises(UserError, match=said):
@@ -329,10 +330,31 @@ def test_bad_settings_are_named():
     for match, changes in (
         ("episodes is 0", {"episodes": 0}), ("limit_s is 0", {"limit_s": 0.0}),
         ("seeds of the evaluation", {"first_seed": 2_999_999}),
+        ("seeds of the evaluation", {"first_seed": 3_000_000}),
+        ("seeds of the evaluation", {"first_seed": 3_000_050}),
         ("temperature is -1", {"temperature": -1.0}),
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             RoundConfig(**changes)
+
+
+def test_data_that_does_not_fit_the_truth_is_refused_at_once(tmp_path):
+    """Before a simulator or a trainer starts."""
+    push = write_pool(tmp_path / "push", "PushCube-v1", 72)
+    fits = TrueEnv("PushCube-v1", image_size=32)
+    for match, true, changes in (
+        ("its episodes are of PushCube-v1, the true environment is PullCube-v1",
+         TrueEnv("PullCube-v1", image_size=32), {}),
+        ("horizon is 72, but the true environment's is 48",
+         TrueEnv("PushCube-v1", horizon=48, image_size=32), {}),
+        ("its horizon is 72; give true.horizon 72",
+         TrueEnv("PushCube-v1", horizon=96, image_size=32), {}),
+        ("its image_size is 32; give true.image_size 32", TrueEnv("PushCube-v1"), {}),
+        ("holds start states of the evaluation .seeds 8 to 207", fits, {"evaluation_seed": 8}),
+    ):  # fmt: skip
+        config = RoundConfig(true=true, data=(push,), **changes)
+        with pytest.raises(UserError, match=match):
+            Loop(tmp_path / "loop", config).run(1)
 
 
 # ---------------------------------------------------------------- decisions
