@@ -735,6 +735,7 @@ def test_the_commands_from_a_dataset_to_a_rollout(dataset, tmp_path, capsys):
     assert worldloop([
         "train", "world-model", *common, "--out", f"{out}/wm", "--autoencoder", f"{out}/ae/model",
         "--width", "48", "--depth", "1", "--sample-every", "2",
+        "--arm-steps", "20", "--pose-head-steps", "20",
     ]) == 0  # fmt: skip
     assert worldloop([
         "rollout", "--episodes", data, "--world", f"{out}/wm/model", "--out", f"{out}/rollout",
