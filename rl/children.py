@@ -118,7 +118,7 @@ class Children:
                 in_a_row = in_a_row + 1 if isinstance(result, Dropped) else 0
                 if in_a_row >= IN_A_ROW:
                     raise UserError(
-                        f"the simulator failed {in_a_row} episodes in a row, each of them "
+                        f"simulator or policy failed {in_a_row} episodes in a row, each of them "
                         f"{self.tries} times; the last: {result.reason}"
                     )
                 yield result

@@ -68,6 +68,8 @@ class CollectConfig:
     """Roll this policy out instead of the scripted one (checkpoint folder or shipped name)."""
     temperature: float = TEMPERATURE
     """Of that policy's sampling."""
+    device: str = "cpu"
+    """Of that policy."""
     shard: int = 16
     """Episodes per file; a killed process loses at most one unfinished file."""
     crf: int = 16
@@ -286,7 +288,9 @@ class Collector:
         self.writer = EpisodeWriter(config.out, meta, config.crf)
         self.policy: VLAPolicy | None = None
         if config.policy is not None:
-            self.policy = VLAPolicy.from_pretrained(config.policy, temperature=config.temperature)
+            self.policy = VLAPolicy.from_pretrained(
+                config.policy, temperature=config.temperature, device=config.device
+            )
             spec = self.policy.action_spec
             meta.action_spec.require_same(spec, config.env, config.policy)
             if config.horizon % spec.chunk:

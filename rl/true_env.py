@@ -46,6 +46,8 @@ class TrueEnv:
     """Dataset whose first frames episodes of `world` begin from; a seed counts through them."""
     steps: int = 1
     """Denoising steps of `world`."""
+    device: str = "cpu"
+    """Of the policy that acts there, and of `world`; each of the processes has its own copy."""
 
     def __post_init__(self) -> None:
         if self.env == WORLD and not self.world:
@@ -68,7 +70,7 @@ class TrueEnv:
             policy=config.policy, env=self.env, first_seed=config.first_seed, seed=config.seed,
             horizon=config.horizon, image_size=self.image_size, held_frames=self.held_frames,
             world=self.world or "tiny", starts=self.starts, steps=self.steps,  # type: ignore[arg-type]
-            rows=1, threads=1,
+            rows=1, threads=1, device=self.device,
         )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ class WorldRecorder:
 
     def __init__(self, true: TrueEnv) -> None:
         self.true = true
-        self.world = WorldModel.from_pretrained(true.world)
+        self.world = WorldModel.from_pretrained(true.world, device=true.device)
         self.starts = load_starts(true.starts, self.world)
 
     @property
@@ -183,8 +185,8 @@ def recorder(true: TrueEnv) -> Recorder:
 
 
 @lru_cache(maxsize=1)
-def _policy(name: str, temperature: float) -> VLAPolicy:
-    return VLAPolicy.from_pretrained(name, temperature=temperature)
+def _policy(name: str, temperature: float, device: str) -> VLAPolicy:
+    return VLAPolicy.from_pretrained(name, temperature=temperature, device=device)
 
 
 def record_policy(
@@ -192,7 +194,7 @@ def record_policy(
 ) -> tuple[Episode, DatasetMeta]:
     """One episode of a policy."""
     here = recorder(true)
-    acting = _policy(policy, temperature)
+    acting = _policy(policy, temperature, true.device)
     here.meta.action_spec.require_same(acting.action_spec, true.env, policy)
     if true.horizon % acting.action_spec.chunk:
         raise UserError(
@@ -226,7 +228,7 @@ def measure(true: TrueEnv, config: Evaluating, number: int) -> Evaluation:
     if ":" not in true.env:
         return _run(true.evaluation(config), [number], 1, 1)
     start = config.first_seed + number
-    episode = recorder(true).play(_policy(config.policy, 0.0), start, None, {})
+    episode = recorder(true).play(_policy(config.policy, 0.0, true.device), start, None, {})
     held = held_steps(episode.reward[: config.horizon], true.held_frames)
     steps = config.horizon if held is None else held
     return Evaluation((start,), np.array([held is not None]), np.array([steps]), steps, 0.0)
