@@ -80,7 +80,7 @@ setup(
         "libero": ["hf-libero==0.1.4"],  # `make setup-libero` installs less: what the tasks need
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "msgpack>=1.0", "prometheus-client>=0.20"],
         "gpu": ["triton>=3.6,<3.8"],
-        "hub": ["huggingface_hub>=0.25"],
+        "hub": ["huggingface_hub>=0.25", "tokenizers>=0.20"],
         # The TensorRT back end: the exporter, and NVIDIA's library (CUDA machines only).
         "tensorrt": ["onnx>=1.20", "onnxscript>=0.6", "tensorrt>=10.8"],
         "dev": [

@@ -189,7 +189,7 @@ class WorldModel(nn.Module):
                 tokens,
                 sink=config.sink,
                 window=config.window,
-                dtype=self.dit.dtype,
+                dtype=out.kv[0][0].dtype,  # bf16 under autocast, whatever the weights
                 device=self.device,
             ).append(out.kv)
         return WorldState(

@@ -186,7 +186,7 @@ class WorldState:
                     for i in range(sum(name.endswith(".k") for name in tensors))
                 ]
                 ring = KVRing.restore(
-                    config.dit, pairs, **facts["ring"], dtype=world.dit.dtype, device=device
+                    config.dit, pairs, **facts["ring"], dtype=pairs[0][0].dtype, device=device
                 )
                 if (ring.sink, ring.window) != (config.sink, config.window):
                     raise UserError(

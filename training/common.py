@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ class Workers:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # or what asks for "cuda" would all go to the first
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while one decodes, encodes and fits the arm: minutes to hours.
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))
 
     def average_gradients(self, module: nn.Module) -> None:
         """One flat all-reduce of every gradient."""

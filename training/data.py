@@ -72,6 +72,11 @@ def load_arrays(
     lengths = {len(e.actions) for e in episodes}
     if len(lengths) > 1:
         raise UserError(f"{root}: episodes have {sorted(lengths)} actions; one horizon is needed")
+    if len(texts := {e.instruction for e in episodes}) > 1:
+        raise UserError(
+            f"{root}: holds {len(texts)} instructions ({', '.join(map(repr, sorted(texts)[:2]))} "
+            "...); one a dataset is needed, import or collect each task into its own"
+        )
     pixels = [e.object_pixels for e in episodes]
     actions = np.stack([e.actions for e in episodes])
     states = np.stack([e.states for e in episodes])

@@ -146,7 +146,10 @@ def lerobot_recordings(config: ImportConfig, spec: ActionSpec) -> Iterator[Recor
         success = None
         if outcome is not None:
             flags = np.asarray(rows[outcome].to_pylist(), np.float32).reshape(n) > 0.5
-            success = flags[:-1]
+            # The last row's flag belongs to no later frame: where an episode ends with its success,
+            # that is the only one.
+            success = flags[:-1].copy()
+            success[-1] |= flags[-1]
         yield Recording(
             str(number), where, frames,
             _columns(rows[config.state].to_pylist(), config.state_columns, spec, where, "state"),

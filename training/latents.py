@@ -28,6 +28,7 @@ from worldloop.engine.formats.wan import from_diffusers_vae, load_wan_vae
 from worldloop.engine.light_vae import LightVAE, load_autoencoder
 from worldloop.engine.precision import autocast
 from worldloop.engine.vae import WanVAE
+from worldloop.engine.world_model import WorldModel
 from worldloop.training.arm import chunk_poses
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
 from worldloop.types import ActionSpec
@@ -42,6 +43,8 @@ def autoencoder_of(path: Path) -> LightVAE | WanVAE:
         return load_wan_vae(path).float()
     if path.is_dir() and "_class_name" in read_json(path / "config.json"):
         return from_diffusers_vae(path).float()
+    if read_json(path / "config.json").get("kind") == "world_model":
+        return WorldModel.from_pretrained(path).autoencoder.float()
     return load_autoencoder(path)
 
 

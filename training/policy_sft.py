@@ -83,10 +83,9 @@ class Demonstrations:
     """Pictures and tokens of the successes of a dataset, ready for batches."""
 
     def __init__(self, data: EpisodeArrays, policy: VLAPolicy, rows: npt.NDArray[np.int64]) -> None:
-        frames = np.stack([data.frames[row] for row in rows])  # [N,T+1,H,W,3]
-        N, steps = frames.shape[:2]
-        pictures = policy.pictures(frames.reshape(N * steps, 1, *frames.shape[2:]))
-        self.pictures = pictures.unflatten(0, (N, steps))  # [N,T+1,1,S,S,3]
+        # An episode at a time: resampling all of them at once takes many times their memory.
+        each = [policy.pictures(np.asarray(data.frames[row])[:, None]) for row in rows]
+        self.pictures = torch.stack(each)  # [N,T+1,1,S,S,3]
         self.tokens = torch.from_numpy(policy.to_tokens(data.actions[rows]))  # [N,T,A]
         self.instruction = data.instruction
         self.chunk = policy.action_spec.chunk
@@ -250,6 +249,7 @@ def save(policy: VLAPolicy, config: PolicyTraining, demos: int, step: int) -> No
         policy.network,
         PolicyConfig(**{**vars(policy.config), "record": record}),
         policy.statistics,
+        tokenizer=policy.tokenizer,
     )
     if config.lora_rank:
         import copy

@@ -59,7 +59,8 @@ VERBS: dict[str, tuple[str, str]] = {
 EXTRAS = {
     "mani_skill": "sim", "sapien": "sim", "libero": "libero", "robosuite": "libero",
     "fastapi": "serve", "uvicorn": "serve", "msgpack": "serve", "prometheus_client": "serve",
-    "triton": "gpu", "huggingface_hub": "hub", "diffusers": "dev", "transformers": "dev",
+    "triton": "gpu", "huggingface_hub": "hub", "tokenizers": "hub",
+    "diffusers": "dev", "transformers": "dev",
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from worldloop.engine.policy.vla import (
     PolicyConfig,
     TokenPolicy,
     VLAPolicy,
+    encoder,
     tokenizer_of,
 )
 from worldloop.engine.policy.wire import (
@@ -113,7 +114,7 @@ class VLLMPolicy(TokenPolicy):
             read_statistics(folder, config.suite, action_dim=spec.dim),
             temperature,
         )
-        encode = tokenizer_of(folder)
+        encode = encoder(tokenizer_of(folder, network))
         self._prompt = lru_cache(maxsize=4096)(lambda text: prompt_ids(text, network, encode))
         self.max_prompt, self.views = max_prompt, views
         for key, value in (

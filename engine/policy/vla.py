@@ -44,7 +44,7 @@ from worldloop.engine.policy.openvla_oft import (
 from worldloop.engine.policy.vision import normalise_frames
 from worldloop.engine.sampler import derive_seed
 from worldloop.errors import UserError
-from worldloop.files import PathLike, atomic_write_text
+from worldloop.files import PathLike, atomic_write_bytes, atomic_write_text
 from worldloop.kernels.action_logprobs import action_logprobs
 from worldloop.types import Actions, ActionSpec, Frames
 
@@ -164,10 +164,12 @@ class VLAPolicy(TokenPolicy):
         statistics: Statistics,
         *,
         temperature: float = TEMPERATURE,
-        encode: Callable[[str], Sequence[int]] = encode_bytes,
+        tokenizer: Path | None = None,
     ) -> None:
+        """tokenizer: the checkpoint's tokenizer.json, kept with what is saved; None: bytes."""
         super().__init__(config, network.config, statistics, temperature)
-        self.network = network
+        self.network, self.tokenizer = network, tokenizer
+        encode = encoder(tokenizer)
         self._prompt = lru_cache(maxsize=4096)(
             lambda text: prompt_ids(text, network.config, encode)
         )
@@ -259,6 +261,8 @@ class VLAPolicy(TokenPolicy):
         statistics = {self.config.suite: {"action": entry}}
         text = json.dumps(config_to_dict(self.config), indent=2) + "\n"
         atomic_write_text(target / POLICY, text)
+        if self.tokenizer is not None:
+            atomic_write_bytes(target / TOKENIZER, self.tokenizer.read_bytes())
         save_openvla(self.network, target, statistics=statistics, dtype=dtype)
         return target
 
@@ -307,8 +311,8 @@ class VLAPolicy(TokenPolicy):
             adapter=None if adapter is None else Path(adapter),
         )
         statistics = read_statistics(folder, config.suite, action_dim=spec.dim)
-        encode = tokenizer_of(folder)
-        return cls(network, config, statistics, temperature=temperature, encode=encode)
+        tokenizer = tokenizer_of(folder, network.config)
+        return cls(network, config, statistics, temperature=temperature, tokenizer=tokenizer)
 
 
 # ---------------------------------------------------------------- tokens
@@ -362,14 +366,29 @@ def token_logprobs(
     return action_logprobs(logits_BNK, tokens_BN, temperature or 1.0)
 
 
-def tokenizer_of(folder: Path) -> Callable[[str], Sequence[int]]:
-    """Text to ids with BOS: the folder's own tokenizer.json, or bytes where there is none."""
+def tokenizer_of(folder: Path, config: OpenVLAConfig) -> Path | None:
+    """A checkpoint's tokenizer.json; None where its text is bytes.
+
+    Raises UserError where it is missing: ids of bytes mean other words in a published vocabulary.
+    """
     path = folder / TOKENIZER
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if config.text_vocab == OpenVLAConfig.text_vocab:
+        raise UserError(
+            f"{folder}: has no {TOKENIZER}, which a vocabulary of {config.text_vocab} needs; copy "
+            "that of the published checkpoint"
+        )
+    return None
+
+
+def encoder(tokenizer_file: Path | None) -> Callable[[str], Sequence[int]]:
+    """Text to ids with BOS, by a tokenizer.json or as bytes."""
+    if tokenizer_file is None:
         return encode_bytes
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     return lambda text: tokenizer.encode(text).ids
 
 

@@ -465,5 +465,7 @@ def test_half_precision_weights_run_outside_of_autocast(small):
     whole = small.world_of()
     exact, _ = whole.step(whole.start(frames, poses, [1, 2]), actions)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = whole.step(whole.start(frames, poses, [1, 2]), actions)
+        state = whole.start(frames, poses, [1, 2])
+        cast, state = whole.step(state, actions)
+    assert state.ring.storage.keys[0].dtype == torch.bfloat16, "history stays as computed"
     assert 0 < np.abs(cast.reward - exact.reward).max() < 0.05

@@ -127,6 +127,18 @@ def test_a_lerobot_dataset(lerobot, tmp_path, simulated, spec_file):
     assert other.success[2:].tolist() == simulated.success[2:COUNT].tolist()
 
 
+def test_episodes_that_end_with_their_success(lerobot, tmp_path, simulated, spec_file):
+    """Only the last row says so, for which there is no later frame."""
+    path = lerobot / DATA.format(**place_of(0))
+    rows = pq.read_table(path)
+    last = np.append(np.diff(rows["episode_index"].to_numpy()) > 0, True)
+    at = rows.schema.get_field_index("next.success")
+    pq.write_table(rows.set_column(at, "next.success", [last]), path)
+    dataset = run(lerobot, tmp_path / "out", spec_file, "--state-columns", *map(str, range(7, 14)))
+    assert dataset.success.all() and len(dataset) == COUNT
+    assert [float(e.reward.sum()) for e in dataset.stream(frames=False)] == [1.0] * COUNT
+
+
 def test_video_and_poses(tmp_path, simulated, spec, spec_file):
     takes = tmp_path / "takes"
     write_take(takes, "a", simulated, 0, commands=True)

@@ -5,18 +5,20 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from worldloop.engine.formats.openvla import merge_lora, read_shards
 from worldloop.engine.policy.action_tokens import Statistics, from_tokens
 from worldloop.engine.policy.base import Observation
 from worldloop.engine.policy.lora import add_lora, merge_and_unload, save_lora
-from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
+from worldloop.engine.policy.openvla_oft import OpenVLAConfig, OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vla import (
     PolicyConfig,
     VLAPolicy,
     sample_tokens,
     token_logprobs,
+    tokenizer_of,
     uniform_draws,
 )
 from worldloop.errors import UserError
@@ -52,6 +54,24 @@ def observe(rows: int, seed: int = 0) -> Observation:
 
 
 # ---------------------------------------------------------------- tokens
+
+
+def test_a_tokenizer_stays_with_the_policy(tmp_path):
+    """Saved and read again, an instruction has the ids it had; without its file, it is refused."""
+    words = ["<unk>", "<s>", "in", "out", "what", "action", "should", "the", "robot", "take", "to",
+             "lift", "it"]  # fmt: skip
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    policy = make(tokenizer=tmp_path / "tokenizer.json")
+    again = VLAPolicy.from_pretrained(policy.save(tmp_path / "saved"))
+    assert again._prompt("lift it") == policy._prompt("lift it") != make()._prompt("lift it")
+    assert tokenizer_of(tmp_path / "nowhere", tiny_config(7, CHUNK)) is None
+    with pytest.raises(UserError, match="no tokenizer.json, which a vocabulary of 32000"):
+        tokenizer_of(tmp_path / "nowhere", OpenVLAConfig())
 
 
 def test_samples_follow_the_distribution_and_their_log_probabilities_are_true():
