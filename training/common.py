@@ -61,24 +61,31 @@ def learning_rate(step: int, steps: int, base: float, warmup: int = 100) -> floa
     return base * min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay))
 
 
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 class EMA:
-    """Exponential moving average of a module's parameters, kept in fp32."""
+    """Exponential moving average of a module's trained parameters, kept in fp32.
+
+    Frozen ones (a 7B under its adapters) are what they are: no copy of them is made.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {k: p.detach().clone().float() for k, p in module.named_parameters()}
+        self.shadow = {k: p.detach().clone().float() for k, p in _trained(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         # A short memory at first, or the random start would stay in the average for long.
         decay = min(self.decay, (1 + step) / (10 + step))
         shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [p.detach() for _, p in module.named_parameters()], 1 - decay)
+        torch._foreach_lerp_(shadow, [p.detach() for p in _trained(module).values()], 1 - decay)
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Within the block, the module has the averaged weights."""
-        own = {k: p.detach().clone() for k, p in module.named_parameters()}
+        own = {k: p.detach().clone() for k, p in _trained(module).items()}
         self._copy(module, self.shadow)
         try:
             yield
@@ -88,7 +95,7 @@ class EMA:
     @staticmethod
     @torch.no_grad()
     def _copy(module: nn.Module, values: dict[str, Tensor]) -> None:
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trained(module).items():
             parameter.copy_(values[name])
 
 

@@ -15,15 +15,21 @@ from torch import nn
 
 from worldloop.checkpoint import load_training_state
 from worldloop.engine.dit import DiT
+from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.formats.cosmos import save_cosmos
 from worldloop.engine.light_vae import PRESETS
+from worldloop.engine.reward import RewardConfig
+from worldloop.engine.vae import PRESETS as WAN_PRESETS
+from worldloop.engine.vae import WanVAE
+from worldloop.engine.world_config import WorldModelConfig
 from worldloop.engine.world_model import WorldModel
+from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.training import data as data_module
 from worldloop.training import optimizer, starting, world_model
 from worldloop.training.data import is_near_success, load_arrays, load_mixture
-from worldloop.training.latents import Batches, latent_cache
+from worldloop.training.latents import Batches, autoencoder_of, latent_cache
 from worldloop.training.world_loss import training_flops, training_loss
 from worldloop.types import ActionSpec
 
@@ -125,6 +131,32 @@ def test_bad_mixtures_are_named(push, autoencoder, tmp_path, make_dataset):
     with pytest.raises(UserError, match="held_out is 2; .*more has 2 episodes"):
         world_model.train(training((push, more), autoencoder, tmp_path / "x", held_out=2))
     assert not (tmp_path / "x").exists()
+
+
+def test_two_instructions_in_one_dataset_are_refused(push, tmp_path):
+    """They would all be trained under the first."""
+    dataset = EpisodeDataset(push)
+    said = [dataclasses.replace(e, instruction=f"do {i}", seed=i)
+            for i, e in enumerate(dataset.stream())]  # fmt: skip
+    EpisodeWriter(tmp_path / "two", dataset.meta).add(said[:2])
+    with pytest.raises(UserError, match="two: holds 2 instructions .'do 0', 'do 1' ..."):
+        load_arrays(tmp_path / "two")
+
+
+def test_a_wan_autoencoder_is_found_inside_a_world_model(tmp_path):
+    sizes = WAN_PRESETS["tiny"]
+    dit = DiTConfig(
+        width=48, depth=1, heads=2, latent_channels=4, action_dim=7, chunk_actions=CHUNK
+    )
+    config = WorldModelConfig(
+        dit=dit, autoencoder=sizes, reward=RewardConfig(latent_channels=4, grid=(4, 4)),
+        action_spec=SPEC,
+    )  # fmt: skip
+    world = WorldModel(config)
+    found = autoencoder_of(world.save(tmp_path / "world"))
+    assert isinstance(found, WanVAE)
+    for a, b in zip(found.parameters(), world.autoencoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b.float())
 
 
 def test_near_successes_can_be_left_out(push, make_episode):

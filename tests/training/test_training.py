@@ -520,7 +520,10 @@ def test_two_processes_end_with_the_same_weights(dataset, autoencoder, tmp_path)
 def test_ema_equals_numpy():
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
+    module.register_parameter("frozen", nn.Parameter(torch.ones(2), requires_grad=False))
     ema = EMA(module, 0.9)
+    assert ema.shadow.keys() == {"weight", "bias"}
+    module.frozen = None
     expected = {k: p.detach().numpy().astype(np.float64) for k, p in module.named_parameters()}
     for step in range(40):
         with torch.no_grad():
