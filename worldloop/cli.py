@@ -146,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 128 MiB of what is freed, in place of handing it back to the kernel.
 
-    Otherwise each layer's activations fault their pages in anew: a GRPO step of `tiny` took 27 to
-    29 s of one core instead of 24 to 27. Blocks above 32 MiB, glibc's limit, still go back.
+    Otherwise each layer's activations fault their pages in anew: to imagine 16 episodes with `tiny`
+    took 0.76 million page faults and 18.9 s of one core instead of 0.18 million and 17.6 s (an EPYC
+    with AVX2). Blocks above 32 MiB, glibc's limit, still go back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
