@@ -234,9 +234,10 @@ def _outcomes(figure: Any, document: dict[str, Any]) -> bool:
             left.errorbar(i + 0.27 * (k - 1), 100 * value, bar, color="black", lw=1, capsize=2)
     left.set_xticks(range(len(tasks)), [t.removesuffix("-v1") for t in tasks], fontsize=8)
     left.set_xlim(-0.6, len(tasks) - 0.4)
-    left.set_ylim(0, 105)
+    left.set_ylim(0, 122)  # room for the legend above the bars
+    left.set_yticks(range(0, 101, 20))
     left.set_title("outcomes told rightly, %", fontsize=10)
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1)
     order = sorted(steps, key=int)
     right.plot(range(len(order)), [steps[s]["psnr"] for s in order], marker="o", color=COLORS[0])
     right.set_xticks(range(len(order)), order)
