@@ -141,7 +141,7 @@ PRESETS: dict[str, tuple[str, GRPOConfig]] = {
 }
 
 
-class Saturated(Exception):
+class Saturated(UserError):
     """The policy succeeds nearly always in imagination: it has nothing more to learn there."""
 
 
