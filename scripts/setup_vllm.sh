@@ -17,6 +17,12 @@ if [ -z "$wheel" ] && ! nvidia-smi -L >/dev/null 2>&1; then
 CPUs, VLLM_WHEEL=path"
 fi
 [ -z "$wheel" ] || [ -f "$wheel" ] || die "VLLM_WHEEL: $wheel: no such file"
+# vLLM's kernels for x86 CPUs come in one library for AVX-512 and one for AVX2; a wheel may lack the second.
+if [ -n "$wheel" ] && [ "$(uname -m)" = x86_64 ] && ! grep -qw avx512f /proc/cpuinfo 2>/dev/null &&
+  ! grep -q _C_AVX2 "$wheel"; then
+  die "$wheel has kernels for CPUs with AVX-512 alone, and this CPU has none: use a GPU, another CPU, \
+or a wheel with vllm/_C_AVX2"
+fi
 
 want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup_vllm.sh; echo "${wheel:-$RELEASE}"; pwd; } |
   sha256sum | cut -d' ' -f1)

@@ -35,6 +35,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
 )
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
@@ -360,6 +362,21 @@ class WorkerExtension:
         self.model_runner.get_model().load_weights(tensors.items())  # type: ignore[attr-defined]
 
 
+def require_kernels() -> None:
+    """Raise UserError where vLLM's build for CPUs has none of its kernels for this one.
+
+    vLLM itself only warns (no library for AVX2 in a wheel built for AVX-512, say) and fails later.
+    """
+    if not current_platform.is_cpu():
+        return
+    current_platform.import_kernels()
+    if not any(name.startswith("_C::") for name in torch._C._dispatch_get_all_op_names()):
+        raise UserError(
+            f"vLLM {version('vllm')} has no kernels for this CPU (AVX-512 here: "
+            f"{torch.cpu._is_avx512_supported()}); run the policy without vLLM, or on a GPU"
+        )
+
+
 class PolicyEngine:
     """One vLLM engine in this process, on this machine's GPU or else its CPU."""
 
@@ -376,6 +393,7 @@ class PolicyEngine:
     ) -> None:
         """max_batch: rows in one forward pass; max_prompt: tokens of an instruction's prompt;
         options: further arguments of `vllm.LLM`, gpu_memory_utilization for instance."""
+        require_kernels()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are
         register()
         length = 2 + views * config.dino.patches + max_prompt + config.action_tokens

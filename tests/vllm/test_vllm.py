@@ -62,6 +62,18 @@ def folder(local, tmp_path_factory) -> Path:
     return local.save(tmp_path_factory.mktemp("weights") / "policy")
 
 
+def test_a_build_without_kernels_for_this_cpu_is_named(folder):
+    code = (
+        "from vllm.platforms.cpu import CpuPlatform\n"
+        "CpuPlatform.import_kernels = classmethod(lambda cls: None)\n"  # an AVX2 machine, no _C_AVX2
+        "from worldloop.engine.policy.served import VLLMPolicy\n"
+        f"VLLMPolicy({str(folder)!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: vLLM " in result.stderr and "has no kernels for this CPU" in result.stderr
+    assert "run the policy without vLLM" in result.stderr
+
+
 @pytest.fixture(scope="module")
 def served(folder):
     with VLLMPolicy(folder, views=2, max_batch=64) as policy:
