@@ -92,9 +92,7 @@ def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, sma
     assert [m["optimizer_steps"] for m in metrics] == [1] * 5 and policy.version == 5
 
 
-def test_optimizer_steps_are_of_equally_many_episodes(
-    small_world, small_policy, pool, monkeypatch
-):
+def test_optimizer_steps_are_of_equally_many_episodes(small_world, small_policy, pool, monkeypatch):
     """Twelve episodes, at most seven a step: six and six, not seven and five."""
     policy = small_policy()
     e = experience(small_world, policy, pool)
@@ -116,9 +114,9 @@ def test_frames_are_those_that_were_imagined(tmp_path, small_world, small_policy
     config = config_of(tmp_path, groups=3, rounds=1)
     grpo = GRPO(config, small_world, small_policy(), pool)
     rolled = []
-    grpo.imagine = lambda *args, **options: rolled.append(
-        GRPO.imagine(grpo, *args, **options)
-    ) or rolled[-1]
+    grpo.imagine = lambda *args, **options: (
+        rolled.append(GRPO.imagine(grpo, *args, **options)) or rolled[-1]
+    )
     found = grpo.collect(0, tmp_path / "rounds")
     ends = [np.flatnonzero(valid)[-1] for valid in rolled[0].valid]
     assert found.frames == sum(8 * (end // 8 + 1) for end in ends) < 12 * config.horizon

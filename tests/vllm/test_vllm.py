@@ -65,7 +65,7 @@ def folder(local, tmp_path_factory) -> Path:
 def test_a_build_without_kernels_for_this_cpu_is_named(folder):
     code = (
         "from vllm.platforms.cpu import CpuPlatform\n"
-        "CpuPlatform.import_kernels = classmethod(lambda cls: None)\n"  # an AVX2 machine, no _C_AVX2
+        "CpuPlatform.import_kernels = classmethod(lambda cls: None)\n"  # as on AVX2
         "from worldloop.engine.policy.served import VLLMPolicy\n"
         f"VLLMPolicy({str(folder)!r})\n"
     )
