@@ -143,9 +143,8 @@ class Trainer:
         self.batch = synthetic_batch(world, rows, config.chunks, device)
 
     def loss(self) -> torch.Tensor:
-        chunk = self.world.action_spec.chunk
         with autocast(self.device, self.config.precision):
-            losses = training_loss(self.model, self.batch, self.settings, chunk, False)
+            losses = training_loss(self.model, self.batch, self.settings, self.world, False)
         return losses["loss"]
 
     def update(self) -> None:
@@ -225,7 +224,7 @@ def bench(config: TrainBench) -> dict[str, Any]:
         times.add(trainer.step, device)
     split = trainer.split_step()
     ceilings.measure()
-    flops = training_flops(world.dit, trainer.batch, world.action_spec.chunk)
+    flops = training_flops(world, trainer.batch)
     frames = rows * config.chunks * world.action_spec.chunk
     step = {
         "batch": rows,

@@ -40,7 +40,7 @@ from worldloop.checkpoint import load_into, resolve_pretrained
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.arm import Arm
-from worldloop.engine.dit import KV, DiT
+from worldloop.engine.dit import DiT
 from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import (
@@ -66,9 +66,7 @@ from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, latent_cache
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.starting import load_start
-from worldloop.training.world_loss import Trainee, edm_weight
-
-History = list[KV]  # one (keys, values) a block
+from worldloop.training.world_loss import History, Trainee, edm_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,42 +114,12 @@ class DistillConfig(TrainingOptions):
             raise UserError(f"students is {list(self.students)}; expected some of {known}")
 
 
-class Rollout:
-    """A causal network over its own history: commit frames, denoise the next ones after them."""
-
-    def __init__(self, dit: DiT, window: int, sink: int) -> None:
-        self.dit, self.sink, self.window = dit, sink, window
-        self.blocks: History = []
-        self.tokens = 0  # of a latent frame
-
-    def commit(self, latents: Tensor, poses: Tensor | None, first: int) -> None:
-        """Add frames as they are; older ones than the sink and the window are forgotten."""
-        zero = torch.zeros(len(latents), device=latents.device)
-        out = self.dit(
-            latents, zero, poses, first_frame=first, history=self.blocks or None,
-            observed_frames=0 if poses is not None else latents.shape[2],
-        )  # fmt: skip
-        if not self.blocks:
-            self.tokens = out.kv[0][0].shape[1] // latents.shape[2]
-            self.blocks = [(k, v) for k, v in out.kv]
-            return
-        keep, last = self.sink * self.tokens, self.window * self.tokens
-        joined = []
-        for (k, v), (new_k, new_v) in zip(self.blocks, out.kv, strict=True):
-            k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
-            over = k.shape[1] > keep + last
-            if over:
-                k = torch.cat([k[:, :keep], k[:, -last:]], 1)
-                v = torch.cat([v[:, :keep], v[:, -last:]], 1)
-            joined.append((k, v))
-        self.blocks = joined
-
-    def denoiser(self, poses: Tensor, first: int) -> Any:
-        """The clean latents of a chunk at this place, from noisy ones (`engine.sampler`)."""
-        prediction = self.dit.config.prediction
-        return dit_denoiser(
-            self.dit, prediction, actions_BTA=poses, first_frame=first, history=self.blocks
-        )
+def denoiser(history: History, poses: Tensor, first: int) -> Any:
+    """The clean latents of a chunk at this place, from noisy ones (`engine.sampler`)."""
+    dit = history.dit
+    return dit_denoiser(
+        dit, dit.config.prediction, actions_BTA=poses, first_frame=first, history=history.kv
+    )
 
 
 def distill_loss(
@@ -173,7 +141,7 @@ def distill_loss(
     B, device = len(z), z.device
     times = STREAMING_TIMES[steps]
     fine = streaming_times(config.teacher_steps)
-    own, theirs = (Rollout(dit, sizes.window, sizes.sink) for dit in (student.dit, teacher))
+    own, theirs = History(student.dit, sizes), History(teacher, sizes)
     with torch.no_grad():
         own.commit(z[:, :, :1], None, 0)
         theirs.commit(z[:, :, :1], None, 0)
@@ -185,10 +153,10 @@ def distill_loss(
         poses, first = batch.poses[:, k * chunk : (k + 1) * chunk], frames.start
         noise = torch.randn_like(z[:, :, frames])
         with torch.no_grad():
-            made = streaming_sample(theirs.denoiser(poses, first), noise, fine, "euler")
+            made = streaming_sample(denoiser(theirs, poses, first), noise, fine, "euler")
         weight = batch.weight[:, :, frames.start - 1 : frames.stop - 1]
         true_reward = batch.reward[:, k * chunk : (k + 1) * chunk]
-        denoise, x_t = own.denoiser(poses, gap + first), noise
+        denoise, x_t = denoiser(own, poses, gap + first), noise
         for i, t in enumerate(times):
             level = torch.full((B, each), t, device=device)
             x0 = denoise(x_t, level)

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from worldloop.engine.dit import DiT
-from worldloop.engine.dit_config import DiTConfig
+from worldloop.engine.dit import KV, DiT
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import add_noise, to_x0
+from worldloop.engine.world_config import WorldModelConfig
 from worldloop.training.latents import Batch
 
 
@@ -48,6 +48,45 @@ class Trainee(nn.Module):
         self.dit, self.reward = dit, reward
 
 
+class History:
+    """What a causal network has seen of B episodes: keys and values of each block, in order.
+
+    Kept as `KVRing` keeps them where nothing is differentiated: the sink and the window.
+    """
+
+    def __init__(self, dit: DiT, sizes: WorldModelConfig, checkpoint_blocks: bool = False) -> None:
+        self.dit, self.sizes, self.checkpoint_blocks = dit, sizes, checkpoint_blocks
+        self.kv: list[KV] = []
+
+    def commit(
+        self, latents: Tensor, poses: Tensor | None, first: int, level: Tensor | None = None
+    ) -> None:
+        """Add latents [B,C,F,H,W] at latent frame ``first``; what the window loses is forgotten.
+
+        poses: None for observed frames; level: noise level [B] of the latents, zeros by default.
+        """
+        frames = latents.shape[2]
+        new = self.dit(
+            latents,
+            torch.zeros(len(latents), device=latents.device) if level is None else level,
+            poses,
+            first_frame=first,
+            history=self.kv or None,
+            observed_frames=frames if poses is None else 0,
+            checkpoint_blocks=self.checkpoint_blocks,
+        ).kv
+        tokens = new[0][0].shape[1] // frames
+        sink, window = self.sizes.sink * tokens, self.sizes.window * tokens
+
+        def joined(old: Tensor, new: Tensor) -> Tensor:
+            if old.shape[1] + new.shape[1] <= sink + window:
+                return torch.cat([old, new], 1)
+            return torch.cat([old[:, :sink], torch.cat([old[:, sink:], new], 1)[:, -window:]], 1)
+
+        pairs = zip(self.kv, new, strict=True)
+        self.kv = [(joined(k, a), joined(v, b)) for (k, v), (a, b) in pairs] if self.kv else new
+
+
 def sample_times(config: Levels, rows: int) -> Tensor:
     """Noise levels t [B] in (0,1]: pure noise, or a shifted logit-normal."""
     u = torch.sigmoid(torch.randn(rows))
@@ -62,33 +101,30 @@ def edm_weight(t: Tensor, most: float = 5.0) -> Tensor:
 
 
 def training_loss(
-    model: Trainee, batch: Batch, config: LossConfig, chunk: int, own_history: bool
+    model: Trainee, batch: Batch, config: LossConfig, sizes: WorldModelConfig, own_history: bool
 ) -> dict[str, Tensor]:
     """Flow-matching and reward losses summed over an episode's chunks.
 
     ``loss`` is what is differentiated; ``flow`` the unweighted x0 error, ``reward`` the squared
     reward error, ``flow_last`` the x0 error of the last chunk.
     """
-    dit, z, again = model.dit, batch.latents, config.checkpoint_blocks
-    B, each = len(z), chunk // dit.config.actions_per_frame
-    device = z.device
-    zero = torch.zeros(B, device=device)
-    first = dit(z[:, :, :1], zero, observed_frames=1, checkpoint_blocks=again)
-    history = [[pair] for pair in first.kv]
+    dit, z, chunk, each = model.dit, batch.latents, sizes.action_spec.chunk, sizes.block
+    B, device = len(z), z.device
+    history = History(dit, sizes, config.checkpoint_blocks)
+    history.commit(z[:, :, :1], None, 0)
     chunks = (z.shape[2] - 1) // each
     total = z.new_zeros(())
     flows, rewards = [], []
     for k in range(chunks):
         frames = slice(1 + k * each, 1 + (k + 1) * each)
         poses = batch.poses[:, k * chunk : (k + 1) * chunk]
-        past = [(torch.cat([p[0] for p in b], 1), torch.cat([p[1] for p in b], 1)) for b in history]
         x0 = z[:, :, frames]
         t = sample_times(config, B).to(device)
         noise = torch.randn_like(x0)
         x_t = add_noise(x0, noise, t[:, None].expand(-1, each))
         out = dit(
-            x_t, t, poses, first_frame=frames.start, history=past, return_kv=False,
-            checkpoint_blocks=again,
+            x_t, t, poses, first_frame=frames.start, history=history.kv, return_kv=False,
+            checkpoint_blocks=config.checkpoint_blocks,
         ).sample  # fmt: skip
         x0_hat = to_x0(dit.config.prediction, out, x_t, t[:, None].expand(-1, each))
         error = (x0_hat - x0).square()
@@ -104,15 +140,11 @@ def training_loss(
         rewards.append(made.mean().detach())
         if k + 1 < chunks:
             if own_history:
-                seen, level = x0_hat.detach(), zero
+                history.commit(x0_hat.detach(), poses, frames.start)
             else:
                 level = config.history_noise * torch.rand(B, device=device)
                 seen = add_noise(x0, torch.randn_like(x0), level[:, None].expand(-1, each))
-            commit = dit(
-                seen, level, poses, first_frame=frames.start, history=past, checkpoint_blocks=again
-            )
-            for block, pair in zip(history, commit.kv, strict=True):
-                block.append(pair)
+                history.commit(seen, poses, frames.start, level)
     return {
         "loss": total / chunks,
         "flow": torch.stack(flows).mean(),
@@ -121,14 +153,15 @@ def training_loss(
     }
 
 
-def training_flops(sizes: DiTConfig, batch: Batch, chunk: int) -> int:
+def training_flops(sizes: WorldModelConfig, batch: Batch) -> int:
     """Multiply-adds x 2 of one step on this process: three times the forward passes'."""
     B, _, frames, H, W = batch.latents.shape
-    each = chunk // sizes.actions_per_frame
-    tokens = (H // sizes.patch) * (W // sizes.patch)
+    each = sizes.block
+    tokens = (H // sizes.dit.patch) * (W // sizes.dit.patch)
     chunks = (frames - 1) // each
-    total = sizes.flops(1, H, W)
+    total = sizes.dit.flops(1, H, W)
     for k in range(chunks):
         passes = 2 if k + 1 < chunks else 1  # denoised, and committed where a chunk follows
-        total += passes * sizes.flops(each, H, W, (1 + k * each) * tokens)
+        history = min(1 + k * each, sizes.sink + sizes.window)
+        total += passes * sizes.dit.flops(each, H, W, history * tokens)
     return 3 * B * total

@@ -199,7 +199,7 @@ class _Training:
         workers: Workers,
     ) -> None:
         self.config, self.parts, self.batches, self.workers = config, parts, batches, workers
-        self.model, self.base, self.arm = model, base, arm
+        self.model, self.arm = model, arm
         self.device = next(model.parameters()).device
         self.shards = ShardedState(config.out / "state", workers) if config.fsdp else None
         if config.fsdp:
@@ -210,7 +210,7 @@ class _Training:
         else:
             self.step = load_state(config.out / "state", model, self.optimizer, self.ema)
         self.held = [batch.to(self.device) for batch in batches.held()]
-        self.chunk = parts[0].action_spec.chunk
+        self.sizes = config_of(model, parts, config, base, arm)
 
     def run(self) -> Path:
         config, workers = self.config, self.workers
@@ -226,7 +226,7 @@ class _Training:
                 )
                 with time.part("data"):
                     batch = ahead.at(self.step, self.step + 1 == config.steps).to(self.device)
-                flops += training_flops(self.model.dit.config, batch, self.chunk)
+                flops += training_flops(self.sizes, batch)
                 seen.append(self.update(batch, time))
                 self.step += 1
                 progress.update(1, **seen[-1])
@@ -263,7 +263,7 @@ class _Training:
         own = self.step > 200 and bool(torch.rand(()) < config.own_history)
         with time.part("compute"):
             with autocast(self.device, config.precision):
-                losses = training_loss(model, batch, config, self.chunk, own)
+                losses = training_loss(model, batch, config, self.sizes, own)
             self.optimizer.zero_grad()
             losses["loss"].backward()
         with time.part("update"):
@@ -302,7 +302,7 @@ class _Training:
             pure = replace(config, pure_noise=1.0)
             for held in self.held:
                 with autocast(self.device, config.precision):
-                    checks.append(training_loss(self.model, held, pure, self.chunk, True))
+                    checks.append(training_loss(self.model, held, pure, self.sizes, True))
             world = self.world()
             if workers.rank == 0:
                 world.save(config.out / "model")
@@ -327,7 +327,7 @@ class _Training:
             with torch.device("meta"):
                 model = Trainee(DiT(model.dit.config), RewardHead(model.reward.config))
             model.load_state_dict(state, assign=True)
-        return world_of(model, self.parts, self.config, self.step, self.base, self.arm)
+        return world_of(model, self.sizes, self.config.autoencoder, self.step, self.arm)
 
     def sample(self) -> None:
         """A video of two held-out episodes; the datasets take turns."""
@@ -343,39 +343,44 @@ class _Training:
                 write_sample_video(world.to(self.device), data, shown, path)
 
 
-def world_of(
+def config_of(
     model: Trainee,
     parts: Sequence[EpisodeArrays],
     config: WorldModelTraining,
-    step: int,
     base: WorldModelConfig | None = None,
     arm: Arm | None = None,
-) -> WorldModel:
-    """The whole world model: the trained parts (shared, not copied) and their autoencoder."""
-    autoencoder = autoencoder_of(config.autoencoder)
+) -> WorldModelConfig:
+    """The world model's configuration, before its first step here."""
     tasks = {part.env_id: TaskRecord(part.env_id, part.instruction) for part in parts}
     new = WorldModelConfig(
         dit=model.dit.config,
         reward=model.reward.config,
-        autoencoder=autoencoder.config,
+        autoencoder=autoencoder_of(config.autoencoder).config,
         action_spec=parts[0].action_spec,
         env_ids=tuple(tasks),
         tasks=tuple(tasks.values()),
-        trained_steps=step,
+        arm=None if arm is None else arm.config,
     )
-    if base is not None:
-        new = replace(
-            new,
-            env_ids=tuple(dict.fromkeys([*base.env_ids, *tasks])),
-            tasks=(*(t for t in base.tasks if t.env_id not in tasks), *tasks.values()),
-            reward_threshold=base.reward_threshold,
-            held_frames=base.held_frames,
-            sink=base.sink,
-            window=base.window,
-            trained_steps=base.trained_steps + step,
-        )
-    new = replace(new, arm=None if arm is None else arm.config)
-    return WorldModel(new, model.dit, autoencoder, model.reward, arm)
+    if base is None:
+        return new
+    return replace(
+        new,
+        env_ids=tuple(dict.fromkeys([*base.env_ids, *tasks])),
+        tasks=(*(t for t in base.tasks if t.env_id not in tasks), *tasks.values()),
+        reward_threshold=base.reward_threshold,
+        held_frames=base.held_frames,
+        sink=base.sink,
+        window=base.window,
+        trained_steps=base.trained_steps,
+    )
+
+
+def world_of(
+    model: Trainee, sizes: WorldModelConfig, autoencoder: Path, step: int, arm: Arm | None = None
+) -> WorldModel:
+    """The whole world model after ``step`` steps: the trained parts (shared, not copied)."""
+    sizes = replace(sizes, trained_steps=sizes.trained_steps + step)
+    return WorldModel(sizes, model.dit, autoencoder_of(autoencoder), model.reward, arm)
 
 
 def main(argv: list[str]) -> int:

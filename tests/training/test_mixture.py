@@ -241,14 +241,16 @@ def test_recomputed_blocks_give_the_same_gradients(push, autoencoder, tmp_path):
         model = small_trainee(config, part, latents)
         batch = Batches([part], [latents], config).of(np.array([0, 1]))
         torch.manual_seed(3)
-        training_loss(model, batch, config, CHUNK, False)["loss"].backward()
+        sizes = world_model.config_of(model, [part], config)
+        training_loss(model, batch, config, sizes, False)["loss"].backward()
         grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
     assert max(float(g.abs().max()) for g in grads[0].values()) > 1e-3
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7)
 
 
-def test_counted_flops_are_those_of_torch(push, autoencoder, tmp_path):
+@pytest.mark.parametrize(("sink", "window"), [(1, 12), (0, 2)])
+def test_counted_flops_are_those_of_torch(push, autoencoder, tmp_path, sink, window):
     from torch.utils.flop_counter import FlopCounterMode
 
     part = load_arrays(push)
@@ -256,9 +258,12 @@ def test_counted_flops_are_those_of_torch(push, autoencoder, tmp_path):
     config = training((push,), autoencoder, tmp_path, width=48, depth=8)
     model = small_trainee(config, part, latents)
     batch = Batches([part], [latents], config).of(np.array([0, 1]))
+    sizes = dataclasses.replace(
+        world_model.config_of(model, [part], config), sink=sink, window=window
+    )
     with FlopCounterMode(display=False) as counter:
-        training_loss(model, batch, config, CHUNK, False)["loss"].backward()
-    counted = training_flops(model.dit.config, batch, CHUNK)
+        training_loss(model, batch, config, sizes, False)["loss"].backward()
+    counted = training_flops(sizes, batch)
     # We leave the reward head out; the last block of a commit gets hardly any gradient.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 

@@ -304,13 +304,14 @@ def trainee(dataset: Path, autoencoder: Path, out: Path, **changes):
 
 
 def test_the_world_model_overfits(dataset, autoencoder, tmp_path):
-    model, batches, config, _ = trainee(dataset, autoencoder, tmp_path, lr=5e-3, lr_vectors=5e-3)
+    model, batches, config, data = trainee(dataset, autoencoder, tmp_path, lr=5e-3, lr_vectors=5e-3)
+    sizes = world_model.config_of(model, [data], config)
     optimizer = MuonAdamW(model, config)
     batch = batches.of(np.array([0, 1]))
     losses = []
     for step in range(40):
         torch.manual_seed(step % 2)
-        losses.append(world_model.training_loss(model, batch, config, CHUNK, False))
+        losses.append(world_model.training_loss(model, batch, config, sizes, False))
         optimizer.schedule(step + 100, 10_000)
         optimizer.zero_grad()
         losses[-1]["loss"].backward()
@@ -329,11 +330,19 @@ def randomise(model: nn.Module) -> None:
             p += torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
 
 
-def test_what_is_trained_is_what_generates(dataset, autoencoder, tmp_path, monkeypatch):
-    """At t = 1 with its own history, training makes the latents of one-step streaming."""
+@pytest.mark.parametrize(("sink", "window"), [(1, 12), (0, 2)])
+def test_what_is_trained_is_what_generates(
+    dataset, autoencoder, tmp_path, monkeypatch, sink, window
+):
+    """At t = 1 with its own history, training makes the latents of one-step streaming.
+
+    With a window of one chunk as well, when the second chunk no longer sees the first frame.
+    """
     model, batches, config, data = trainee(dataset, autoencoder, tmp_path, pure_noise=1.0)
     randomise(model)
-    world = world_model.world_of(model, [data], config, 0).eval()
+    sizes = world_model.config_of(model, [data], config)
+    sizes = dataclasses.replace(sizes, sink=sink, window=window)
+    world = world_model.world_of(model, sizes, autoencoder, 0).eval()
     seen = []
     model.reward.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     state = world.start(data.frames[:2, :1, None], data.states[:2, 0], (3, 4))
@@ -348,7 +357,7 @@ def test_what_is_trained_is_what_generates(dataset, autoencoder, tmp_path, monke
     pixels = torch.from_numpy(data.frames[:2, :1].astype(np.float32) / 127.5 - 1)
     with torch.no_grad():
         batch.latents[:, :, :1] = world.autoencoder.encode(pixels.permute(0, 4, 1, 2, 3))[0]
-    losses = world_model.training_loss(model, batch, config, CHUNK, True)
+    losses = world_model.training_loss(model, batch, config, sizes, True)
     made = seen[::2]  # the reward head sees each prediction, then the true latents
     for a, b in zip(made, generated, strict=True):
         assert b.std() > 0.1
