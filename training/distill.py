@@ -66,7 +66,7 @@ from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, latent_cache
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.starting import load_start
-from worldloop.training.world_loss import History, Trainee, edm_weight
+from worldloop.training.world_loss import History, Trainee, edm_weight, reward_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,8 @@ class DistillConfig(TrainingOptions):
     motion_weight: float = 2.0
     object_weight: float = 12.0
     reward_weight: float = 0.5
+    reward_shift: int = 2
+    """As in `worldloop train world-model`."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
     save_every: int = 50
@@ -106,8 +108,9 @@ class DistillConfig(TrainingOptions):
         for name in ("truth", "late"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. 1")
-        if self.gap < 0:
-            raise UserError(f"gap is {self.gap}; must be at least 0")
+        for name in ("gap", "reward_shift"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         unknown = [n for n in self.students if n not in STREAMING_TIMES]
         if unknown or not self.students:
             known = ", ".join(map(str, STREAMING_TIMES))
@@ -165,10 +168,11 @@ def distill_loss(
             total = total + (weight * mixed).mean() / len(times)
             if i + 1 < len(times):  # on with its own estimate, as when it generates
                 x_t = streaming_step(x_t, x0.detach(), noise, t, times[i + 1])
-        reward = (student.reward(x0) - true_reward).square().mean()
-        real = (student.reward(z[:, :, frames]) - true_reward).square().mean()
+        reward, real = reward_errors(
+            student.reward, x0, z[:, :, frames], true_reward, config.reward_shift
+        )
         scale = float(edm_weight(torch.tensor(times[-1])))
-        total = total + config.reward_weight * (scale * reward + real)
+        total = total + config.reward_weight * (scale * reward + real).mean()
         for name, value in (("teacher", to_teacher), ("truth", to_truth), ("reward", reward)):
             errors[name].append(value.detach().mean())
         if k + 1 < chunks:
@@ -306,7 +310,8 @@ def _checks(
     held: list[Batch],
 ) -> dict[str, float]:
     """Squared error of held-out rollouts against the truth, for each number of steps."""
-    quick = replace(config, teacher_steps=1)  # the teacher's sample does not count here
+    # The teacher's sample does not count here.
+    quick = replace(config, teacher_steps=1, reward_shift=0)
     found: dict[str, float] = {}
     device = next(student.parameters()).device
     for steps in config.students:

@@ -37,6 +37,9 @@ class LossConfig(Levels, Protocol):
     def reward_weight(self) -> float: ...
 
     @property
+    def reward_shift(self) -> int: ...
+
+    @property
     def checkpoint_blocks(self) -> bool: ...
 
 
@@ -100,6 +103,27 @@ def edm_weight(t: Tensor, most: float = 5.0) -> Tensor:
     return (1 + 1 / sigma.square()).clamp_max(most)
 
 
+def reward_errors(
+    head: RewardHead, made: Tensor, real: Tensor, reward: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """Squared reward errors [B] of imagined and of recorded latents [B,C,F,H,W]; reward [B,T].
+
+    Both are shifted by the same cells, up to ``most`` in either direction, each episode by its own,
+    its edges repeated: an outcome lies in where things are to each other, and a head that knows
+    each place of the picture by itself learns the few endings it has seen by heart.
+    """
+    if most:
+        B, _, _, H, W = made.shape
+        down, right = torch.randint(-most, most + 1, (2, B, 1), device=made.device)
+        rows = (torch.arange(H, device=made.device) + down).clamp(0, H - 1)[:, :, None]
+        columns = (torch.arange(W, device=made.device) + right).clamp(0, W - 1)[:, None]
+        each = torch.arange(B, device=made.device)[:, None, None]
+        made, real = (  # indices first: [B,H,W,C,F]
+            x[each, :, :, rows, columns].permute(0, 3, 4, 1, 2) for x in (made, real)
+        )
+    return (head(made) - reward).square().mean(1), (head(real) - reward).square().mean(1)
+
+
 def training_loss(
     model: Trainee, batch: Batch, config: LossConfig, sizes: WorldModelConfig, own_history: bool
 ) -> dict[str, Tensor]:
@@ -133,9 +157,9 @@ def training_loss(
         # The velocity's error is x0's over t; bounded, since 1/t^2 would be all about nothing.
         flow = (weighted / t.clamp_min(0.5).square()).mean()
         true_reward = batch.reward[:, k * chunk : (k + 1) * chunk]
-        made = (model.reward(x0_hat) - true_reward).square().mean(1)
-        real = (model.reward(x0) - true_reward).square().mean()
-        total = total + flow + config.reward_weight * ((edm_weight(t) * made).mean() + real)
+        made, real = reward_errors(model.reward, x0_hat, x0, true_reward, config.reward_shift)
+        rewarded = (edm_weight(t) * made + real).mean()
+        total = total + flow + config.reward_weight * rewarded
         flows.append(error.mean().detach())
         rewards.append(made.mean().detach())
         if k + 1 < chunks:

@@ -89,6 +89,8 @@ class WorldModelTraining(TrainingOptions):
     motion_weight: float = 2.0
     object_weight: float = 12.0
     reward_weight: float = 0.5
+    reward_shift: int = 2
+    """Latent cells by which latents are shifted at random before the reward head, at most."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
     near_success: bool = True
@@ -116,7 +118,7 @@ class WorldModelTraining(TrainingOptions):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
-        for name in ("sample_every", "arm_steps", "pose_head_steps"):
+        for name in ("sample_every", "arm_steps", "pose_head_steps", "reward_shift"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):
@@ -299,7 +301,7 @@ class _Training:
         checks = []
         with self.ema.applied(self.model):
             torch.manual_seed(1)
-            pure = replace(config, pure_noise=1.0)
+            pure = replace(config, pure_noise=1.0, reward_shift=0)
             for held in self.held:
                 with autocast(self.device, config.precision):
                     checks.append(training_loss(self.model, held, pure, self.sizes, True))
