@@ -65,6 +65,10 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def _frozen(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+
+
 class EMA:
     """Exponential moving average of a module's trained parameters, kept in fp32.
 
@@ -160,8 +164,10 @@ class Workers:
 def save_state(
     folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema: EMA, step: int
 ) -> None:
-    """Everything that a resumed run needs, at step boundaries."""
-    state = {"model": module.state_dict(), "optimizer": opt.state_dict(), "ema": ema.shadow}
+    """Everything that a resumed run needs, at step boundaries; frozen weights it has by itself."""
+    frozen = _frozen(module)
+    learned = {k: v for k, v in module.state_dict().items() if k not in frozen}
+    state = {"model": learned, "optimizer": opt.state_dict(), "ema": ema.shadow}
     save_training_state(folder, state, {"step": step})
 
 
@@ -171,7 +177,7 @@ def load_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema:
     if found is None:
         return 0
     state, meta = found
-    load_into(module, state["model"], f"{folder}: the run to resume")
+    load_into(module, _frozen(module) | state["model"], f"{folder}: the run to resume")
     if state["ema"].keys() != ema.shadow.keys():
         raise UserError(f"{folder}: averages other parameters than this run; use another folder")
     opt.load_state_dict(state["optimizer"])

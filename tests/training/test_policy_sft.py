@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldloop.checkpoint import load_training_state
 from worldloop.engine.formats.openvla import read_shards
 from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.episodes import DatasetMeta, EpisodeWriter
@@ -104,9 +105,15 @@ def test_augmentation_keeps_type_and_place():
 # ---------------------------------------------------------------- training
 
 
-def test_a_resumed_run_equals_an_unbroken_one(dataset, trained, tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_resumed_run_equals_an_unbroken_one(dataset, trained, tmp_path, lora_rank):
+    base = {"init": str(trained), "lora_rank": lora_rank} if lora_rank else {}
+
+    def config(out):
+        return config_of(dataset, out, steps=4, **base)
+
     out = tmp_path / "run"
-    policy_sft.train(config_of(dataset, out, steps=4))
+    policy_sft.train(config(out))
     # A run killed after its second step: the state of step 2 is what it finds.
     broken = tmp_path / "broken"
     with pytest.MonkeyPatch.context() as patch:
@@ -118,8 +125,11 @@ def test_a_resumed_run_equals_an_unbroken_one(dataset, trained, tmp_path):
 
         patch.setattr(policy_sft, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
-            policy_sft.train(config_of(dataset, broken, steps=4))
-    resumed = policy_sft.train(config_of(dataset, broken, steps=4))
+            policy_sft.train(config(broken))
+    state, _ = load_training_state(broken / "state")
+    if lora_rank:  # the frozen network, 15 GB of a 7B, is not in it
+        assert all("lora_" in name for name in state["model"])
+    resumed = policy_sft.train(config(broken))
     for a, b in zip(weights_of(out / "model").values(), weights_of(resumed).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     rows = [json.loads(line) for line in (broken / "metrics.jsonl").open()]
