@@ -125,7 +125,7 @@ def denoiser(history: History, poses: Tensor, first: int) -> Any:
     )
 
 
-def distill_loss(
+def distill_gradients(
     student: Trainee,
     teacher: DiT,
     batch: Batch,
@@ -134,53 +134,56 @@ def distill_loss(
     sizes: WorldModelConfig,
     gap: int = 0,
 ) -> dict[str, Tensor]:
-    """Losses of the student's own rollout of a batch in ``steps`` steps a chunk.
+    """Losses of the student's own rollout of a batch in ``steps`` steps a chunk, and its gradients.
 
-    ``loss`` is what is differentiated; ``teacher`` and ``truth`` are the unweighted squared errors
-    of the last estimates against either target, ``truth_last`` that of the last chunk. gap: latent
-    frames by which the student's chunks are placed later than the teacher's.
+    No gradient passes from one chunk to another, so each chunk's are added to the parameters' and
+    its graph is freed before the next begins; under `torch.no_grad` there are none. ``loss`` is
+    what they are of; ``teacher`` and ``truth`` are the unweighted squared errors of the last
+    estimates against either target, ``truth_last`` that of the last chunk. gap: latent frames by
+    which the student's chunks are placed later than the teacher's.
     """
     z, chunk, each = batch.latents, sizes.action_spec.chunk, sizes.block
     B, device = len(z), z.device
     times = STREAMING_TIMES[steps]
     fine = streaming_times(config.teacher_steps)
+    scale = float(edm_weight(torch.tensor(times[-1])))
     own, theirs = History(student.dit, sizes), History(teacher, sizes)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(device, config.precision):
         own.commit(z[:, :, :1], None, 0)
         theirs.commit(z[:, :, :1], None, 0)
     chunks = (z.shape[2] - 1) // each
-    total = z.new_zeros(())
-    errors: dict[str, list[Tensor]] = {"teacher": [], "truth": [], "reward": []}
+    found: dict[str, list[Tensor]] = {"loss": [], "teacher": [], "truth": [], "reward": []}
     for k in range(chunks):
         frames = slice(1 + k * each, 1 + (k + 1) * each)
         poses, first = batch.poses[:, k * chunk : (k + 1) * chunk], frames.start
-        noise = torch.randn_like(z[:, :, frames])
-        with torch.no_grad():
-            made = streaming_sample(denoiser(theirs, poses, first), noise, fine, "euler")
+        noise, truth = torch.randn_like(z[:, :, frames]), z[:, :, frames]
         weight = batch.weight[:, :, frames.start - 1 : frames.stop - 1]
         true_reward = batch.reward[:, k * chunk : (k + 1) * chunk]
-        denoise, x_t = denoiser(own, poses, gap + first), noise
-        for i, t in enumerate(times):
-            level = torch.full((B, each), t, device=device)
-            x0 = denoise(x_t, level)
-            to_teacher, to_truth = (x0 - made).square(), (x0 - z[:, :, frames]).square()
-            mixed = (1 - config.truth) * to_teacher + config.truth * to_truth
-            total = total + (weight * mixed).mean() / len(times)
-            if i + 1 < len(times):  # on with its own estimate, as when it generates
-                x_t = streaming_step(x_t, x0.detach(), noise, t, times[i + 1])
-        reward, real = reward_errors(
-            student.reward, x0, z[:, :, frames], true_reward, config.reward_shift
-        )
-        scale = float(edm_weight(torch.tensor(times[-1])))
-        total = total + config.reward_weight * (scale * reward + real).mean()
-        for name, value in (("teacher", to_teacher), ("truth", to_truth), ("reward", reward)):
-            errors[name].append(value.detach().mean())
+        with torch.no_grad(), autocast(device, config.precision):
+            made = streaming_sample(denoiser(theirs, poses, first), noise, fine, "euler")
+        with autocast(device, config.precision):
+            denoise, x_t, loss = denoiser(own, poses, gap + first), noise, z.new_zeros(())
+            for i, t in enumerate(times):
+                x0 = denoise(x_t, torch.full((B, each), t, device=device))
+                to_teacher, to_truth = (x0 - made).square(), (x0 - truth).square()
+                mixed = (1 - config.truth) * to_teacher + config.truth * to_truth
+                loss = loss + (weight * mixed).mean() / len(times)
+                if i + 1 < len(times):  # on with its own estimate, as when it generates
+                    x_t = streaming_step(x_t, x0.detach(), noise, t, times[i + 1])
+            reward, real = reward_errors(
+                student.reward, x0, truth, true_reward, config.reward_shift
+            )
+            loss = (loss + config.reward_weight * (scale * reward + real).mean()) / chunks
+        if loss.requires_grad:
+            loss.backward()
+        for name, value in zip(found, (loss, to_teacher, to_truth, reward), strict=True):
+            found[name].append(value.detach().mean())
         if k + 1 < chunks:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(device, config.precision):
                 own.commit(x0.detach(), poses, gap + first)
                 theirs.commit(x0.detach(), poses, first)
-    means = {name: torch.stack(values).mean() for name, values in errors.items()}
-    return {"loss": total / chunks, **means, "truth_last": errors["truth"][-1]}
+    means = {name: torch.stack(values).mean() for name, values in found.items()}
+    return means | {"loss": means["loss"] * chunks, "truth_last": found["truth"][-1]}
 
 
 # ---------------------------------------------------------------- training
@@ -266,12 +269,10 @@ def _train(
             torch.manual_seed(1_000_003 * config.seed + step)
             steps, gap = draw(config, step)
             batch = ahead.at(step, step + 1 == config.steps).to(device)
-            with autocast(device, config.precision):
-                losses = distill_loss(student, teacher.dit, batch, config, steps, sizes, gap)
             optimizer.zero_grad()
-            losses["loss"].backward()
+            losses = distill_gradients(student, teacher.dit, batch, config, steps, sizes, gap)
             norm = float(nn.utils.clip_grad_norm_(student.parameters(), 1.0))
-            values = {name: float(value.detach()) for name, value in losses.items()}
+            values = {name: float(value) for name, value in losses.items()}
             if not np.isfinite(norm):
                 raise UserError(
                     f"step {step}: the loss is {values['loss']}, the gradient's norm {norm}; the "
@@ -313,11 +314,9 @@ def _checks(
     # The teacher's sample does not count here.
     quick = replace(config, teacher_steps=1, reward_shift=0)
     found: dict[str, float] = {}
-    device = next(student.parameters()).device
     for steps in config.students:
         torch.manual_seed(1)
-        with autocast(device, config.precision):
-            rows = [distill_loss(student, teacher.dit, b, quick, steps, sizes) for b in held]
+        rows = [distill_gradients(student, teacher.dit, b, quick, steps, sizes) for b in held]
         for name, key in ((f"held_out_{steps}", "truth"), (f"held_out_{steps}_last", "truth_last")):
             found[name] = float(np.mean([float(row[key]) for row in rows]))
     return found
