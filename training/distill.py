@@ -27,7 +27,7 @@ Shape letters: B episodes, C channels, F latent frames, H W latent sides, T acti
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldloop.checkpoint import load_into, resolve_pretrained
+from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.precision import autocast
-from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import (
     STREAMING_TIMES,
     dit_denoiser,
@@ -65,7 +64,6 @@ from worldloop.training.common import (
 from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, latent_cache
 from worldloop.training.optimizer import MuonAdamW
-from worldloop.training.starting import load_start
 from worldloop.training.world_loss import History, Trainee, edm_weight, reward_errors
 
 
@@ -189,27 +187,16 @@ def distill_gradients(
 # ---------------------------------------------------------------- training
 
 
-def load_teacher(
-    config: DistillConfig, device: torch.device
-) -> tuple[WorldModelConfig, Trainee, Trainee, Arm | None]:
-    """The teacher's configuration, a student with its weights, the teacher, its arm."""
-    sizes, state = load_start(config.world)
-    if sizes.dit.action_layout != "per_frame":
+def load_teacher(config: DistillConfig, device: torch.device) -> tuple[WorldModel, Trainee]:
+    """The teacher, frozen, and a student with its weights."""
+    teacher = WorldModel.from_pretrained(config.world)
+    if teacher.config.dit.action_layout != "per_frame":
         raise UserError(
             f"{config.world}: takes the actions of a whole chunk and cannot stream; fine-tune it "
             "with `worldloop train world-model --init` first"
         )
-    pair = []
-    for _ in range(2):
-        model = Trainee(DiT(sizes.dit), RewardHead(sizes.reward))
-        for part, module in (("dit", model.dit), ("reward", model.reward)):
-            load_into(module, state[part], f"{config.world} ({part})")
-        pair.append(model.to(device))
-    arm = None
-    if sizes.arm is not None:
-        arm = Arm(sizes.arm)
-        load_into(arm, state["arm"], f"{config.world} (arm)")
-    return sizes, pair[0], pair[1].eval().requires_grad_(False), arm
+    student = Trainee(deepcopy(teacher.dit), deepcopy(teacher.reward))
+    return teacher.to(device).requires_grad_(False), student.to(device)
 
 
 def load_data(
@@ -242,21 +229,14 @@ def distill(config: DistillConfig) -> Path:
     torch.manual_seed(config.seed)
     config = replace(config, world=Path(resolve_pretrained(str(config.world))))
     device = device_for(config.device)
-    sizes, student, teacher, arm = load_teacher(config, device)
-    batches = load_data(config, sizes, device, arm)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(config.out))
-        return _train(config, sizes, student, teacher, batches)
+    teacher, student = load_teacher(config, device)
+    batches = load_data(config, teacher.config, device, teacher.arm)
+    with exclusive(config.out):
+        return _train(config, teacher, student, batches)
 
 
-def _train(
-    config: DistillConfig,
-    sizes: WorldModelConfig,
-    student: Trainee,
-    teacher: Trainee,
-    batches: Batches,
-) -> Path:
-    device = next(student.parameters()).device
+def _train(config: DistillConfig, teacher: WorldModel, student: Trainee, batches: Batches) -> Path:
+    device, sizes = next(student.parameters()).device, teacher.config
     optimizer, ema = MuonAdamW(student, config), EMA(student, config.ema)
     step = load_state(config.out / "state", student, optimizer, ema)
     run = Run(config.out, config, resume_step=step or None, overwrite=True)
@@ -288,8 +268,8 @@ def _train(
                 row = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
                 seen = []
                 with ema.applied(student), torch.no_grad():
-                    row |= _checks(config, sizes, student, teacher, held)
-                    _save(config, sizes, student, step, folder)
+                    row |= _checks(config, teacher, student, held)
+                    _save(teacher, student, step, folder)
                 run.log(step, row | {"lr": rate, "seconds_per_save": clock.lap()})
                 save_state(config.out / "state", student, optimizer, ema, step)
                 shown = ", ".join(
@@ -304,11 +284,7 @@ def _train(
 
 
 def _checks(
-    config: DistillConfig,
-    sizes: WorldModelConfig,
-    student: Trainee,
-    teacher: Trainee,
-    held: list[Batch],
+    config: DistillConfig, teacher: WorldModel, student: Trainee, held: list[Batch]
 ) -> dict[str, float]:
     """Squared error of held-out rollouts against the truth, for each number of steps."""
     # The teacher's sample does not count here.
@@ -316,19 +292,19 @@ def _checks(
     found: dict[str, float] = {}
     for steps in config.students:
         torch.manual_seed(1)
-        rows = [distill_gradients(student, teacher.dit, b, quick, steps, sizes) for b in held]
+        rows = [
+            distill_gradients(student, teacher.dit, b, quick, steps, teacher.config) for b in held
+        ]
         for name, key in ((f"held_out_{steps}", "truth"), (f"held_out_{steps}_last", "truth_last")):
             found[name] = float(np.mean([float(row[key]) for row in rows]))
     return found
 
 
-def _save(
-    config: DistillConfig, sizes: WorldModelConfig, student: Trainee, step: int, folder: Path
-) -> None:
+def _save(teacher: WorldModel, student: Trainee, step: int, folder: Path) -> None:
     """The whole world model: the student's parts, everything else the teacher's."""
-    world = WorldModel.from_pretrained(config.world)
-    changed = replace(sizes, trained_steps=sizes.trained_steps + step)
-    WorldModel(changed, student.dit, world.autoencoder, student.reward, world.arm).save(folder)
+    config = replace(teacher.config, trained_steps=teacher.config.trained_steps + step)
+    whole = WorldModel(config, student.dit, teacher.autoencoder, student.reward, teacher.arm)
+    whole.save(folder)
 
 
 def main(argv: list[str]) -> int:

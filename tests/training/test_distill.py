@@ -51,7 +51,8 @@ def config_for(teacher: Path, out: Path, data: tuple[Path, ...], **changes):
 def test_the_students_rollout_is_what_is_generated(teacher, stack, tmp_path, monkeypatch, steps):
     """Three chunks with a window of three latent frames: same noise, same latents, same rewards."""
     config = config_for(teacher, tmp_path, (stack,), reward_shift=0)
-    sizes, student, other, arm = distill.load_teacher(config, CPU)
+    other, student = distill.load_teacher(config, CPU)
+    sizes, arm = other.config, other.arm
     assert isinstance(arm, Arm)
     batches = distill.load_data(config, sizes, CPU, arm)
     batch = batches.of(np.array([0, 1]))
@@ -84,7 +85,8 @@ def test_students_learn_the_teachers_answer_and_the_truth(teacher, push, tmp_pat
         config = config_for(
             teacher, tmp_path, (push,), truth=truth, lr=4e-3, lr_vectors=4e-3, weight_decay=0.0
         )
-        sizes, student, other, arm = distill.load_teacher(config, CPU)
+        other, student = distill.load_teacher(config, CPU)
+        sizes, arm = other.config, other.arm
         batch = distill.load_data(config, sizes, CPU, arm).of(np.array([0, 1]))
         optimizer = MuonAdamW(student, config)
         curve: dict[int, list[float]] = {1: [], 2: [], 4: []}
@@ -103,7 +105,8 @@ def test_students_learn_the_teachers_answer_and_the_truth(teacher, push, tmp_pat
 
 def test_chunks_placed_later_change_the_answer_alone(teacher, push, tmp_path):
     config = config_for(teacher, tmp_path, (push,))
-    sizes, student, other, arm = distill.load_teacher(config, CPU)
+    other, student = distill.load_teacher(config, CPU)
+    sizes, arm = other.config, other.arm
     batch = distill.load_data(config, sizes, CPU, arm).of(np.array([0, 1]))
     values = []
     for gap in (0, 0, 90):
