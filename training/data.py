@@ -44,9 +44,36 @@ class EpisodeArrays:
     instruction: str
     key: str  # names this set of episodes, for caches made from it
     numbers: npt.NDArray[np.int64]  # [N] which episodes of the dataset they are
+    first: int = 0  # frame of the recorded episodes at which these begin
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def begun_at(self, first: int) -> EpisodeArrays:
+        """The same episodes from frame ``first`` on, in whole chunks; raises UserError if none is.
+
+        As if the recording had begun there: other chunks, and a first frame amid the motion.
+        """
+        chunk = self.action_spec.chunk
+        length = (self.actions.shape[1] - first) // chunk * chunk
+        if first < 1 or length < chunk:
+            raise UserError(
+                f"later_starts: {first}; episodes of {self.actions.shape[1]} actions can begin at "
+                f"frame 1 to {self.actions.shape[1] - chunk}, with a chunk of {chunk} after it"
+            )
+        steps, moments = slice(first, first + length), slice(first, first + length + 1)
+        pixels = None if self.object_pixels is None else self.object_pixels[:, moments]
+        return replace(
+            self,
+            frames=self.frames[:, moments],
+            actions=self.actions[:, steps],
+            states=self.states[:, moments],
+            reward=self.reward[:, steps],
+            success=self.reward[:, steps][:, -1] > 0.5,
+            object_pixels=pixels,
+            key=f"{self.key}-from-{first}",
+            first=first,
+        )
 
 
 def load_arrays(

@@ -168,9 +168,10 @@ class Batches:
 
     def held(self, most: int = 16) -> list[Batch]:
         """Up to ``most`` held-out episodes, the same number of each dataset; a batch a horizon."""
-        each = min(self.config.held_out, max(1, most // len(self.parts)))
+        whole = [(n, part) for n, part in zip(self.first, self.parts) if part.first == 0]
+        each = min(self.config.held_out, max(1, most // len(whole)))
         rows: dict[int, list[int]] = {}
-        for first, part in zip(self.first, self.parts):
+        for first, part in whole:
             last = range(int(first) + len(part) - each, int(first) + len(part))
             rows.setdefault(part.actions.shape[1], []).extend(last)
         return [self.of(np.array(numbers)) for numbers in rows.values()]
@@ -184,7 +185,7 @@ class Batches:
             return np.stack([arrays[p][i] for p, i in places])
 
         z = torch.from_numpy(rows(self.latents).astype(np.float32)).transpose(1, 2)
-        names = (f"{self.parts[p].env_id} episode {self.parts[p].numbers[i]}" for p, i in places)
+        names = (name_of(self.parts[p], i) for p, i in places)
         return Batch(
             z,
             torch.from_numpy(rows(self.poses)),
@@ -208,6 +209,12 @@ class Batches:
             per_latent = bump.reshape(-1, 4, grid, grid).max(1)
             weight[row] += self.config.object_weight * torch.from_numpy(per_latent)[None]
         return weight
+
+
+def name_of(data: EpisodeArrays, row: int) -> str:
+    """What messages call an episode."""
+    later = f" from frame {data.first} on" if data.first else ""
+    return f"{data.env_id} episode {data.numbers[row]}{later}"
 
 
 def rollout_poses(data: EpisodeArrays, arm: Arm | None, latents: Half) -> Float:

@@ -93,6 +93,9 @@ class WorldModelTraining(TrainingOptions):
     """Latent cells by which latents are shifted at random before the reward head, at most."""
     limit: int | None = None
     """Use only the first episodes of each dataset."""
+    later_starts: tuple[int, ...] = ()
+    """Episodes begin at these frames as well: other chunks, starts amid the motion, one more latent
+    cache each. For few episodes (docs/training.md)."""
     near_success: bool = True
     """False: leave near-successes out (the paper's table 4)."""
     one_outcome: bool = False
@@ -160,15 +163,20 @@ def train(config: WorldModelTraining) -> Path:
     with ExitStack() as stack:
         if workers.rank == 0:
             stack.enter_context(exclusive(config.out))
-        arm = arm_of(config, parts, latents, base, start, workers)
+        whole = len(config.data)
+        arm = arm_of(config, parts[:whole], latents[:whole], base, start, workers)
         batches = Batches(parts, latents, config, arm)
+        parts = parts[:whole]
         return _Training(config, parts, batches, model.to(device), base, arm, workers).run()
 
 
 def load_parts(
     config: WorldModelTraining, workers: Workers, device: torch.device
 ) -> tuple[list[EpisodeArrays], list[Any]]:
-    """Episodes and cached latents of every dataset, the same on every process."""
+    """Episodes and cached latents of every dataset, the same on every process.
+
+    Those that begin later come after all that begin at their first frame.
+    """
     most = config.limit or 1 << 62
     # Collection may go on meanwhile: every process must see the very same episodes.
     counts = [workers.from_first(min(most, len(EpisodeDataset(root)))) for root in config.data]
@@ -178,7 +186,9 @@ def load_parts(
         for root, part in zip(config.data, parts):
             if len(part) <= config.held_out:
                 raise UserError(f"held_out is {config.held_out}; {root} has {len(part)} episodes")
-        pairs = zip(parts, config.data)
+        roots = list(config.data) * (1 + len(config.later_starts))
+        parts += [part.begun_at(first) for first in config.later_starts for part in parts]
+        pairs = zip(parts, roots, strict=True)
         return parts, [latent_cache(d, root, config.autoencoder, device) for d, root in pairs]
 
     if workers.rank == 0:  # first, since it writes the caches

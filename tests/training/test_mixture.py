@@ -113,6 +113,38 @@ def test_a_mixture_is_trained_recorded_and_fine_tuned(push, stack, autoencoder, 
     assert [t.env_id for t in tuned.config.tasks] == ["PushCube-v1", "StackCube-v1"]
 
 
+def test_episodes_begin_later_too_but_are_never_watched_there(push, stack, autoencoder, tmp_path):
+    config = training(
+        (push, stack), autoencoder, tmp_path, later_starts=(3, 8), steps=2, sample_every=2
+    )
+    parts, latents = world_model.load_parts(config, world_model.Workers(CPU), CPU)
+    names = [(part.env_id, part.first, part.actions.shape[1]) for part in parts]
+    assert names == [
+        ("PushCube-v1", 0, 16), ("StackCube-v1", 0, 24), ("PushCube-v1", 3, 8),
+        ("StackCube-v1", 3, 16), ("PushCube-v1", 8, 8), ("StackCube-v1", 8, 16),
+    ]  # fmt: skip
+    whole, later = parts[1], parts[3]
+    np.testing.assert_array_equal(later.frames[2], whole.frames[2, 3:20])
+    np.testing.assert_array_equal(later.states[2, 0], whole.states[2, 3])
+    np.testing.assert_array_equal(later.actions[2, -1], whole.actions[2, 18])
+    np.testing.assert_array_equal(later.reward[2, -1], whole.reward[2, 18])
+    # Its latents are of a clip that begins there: the first one shows a single frame.
+    frame = torch.from_numpy(np.array(whole.frames[2, 3:4])).permute(3, 0, 1, 2)[None]
+    alone, _ = autoencoder_of(autoencoder).encode(frame.float() / 127.5 - 1)
+    np.testing.assert_allclose(latents[3][2, 0], alone[0, :, 0].detach(), atol=2e-3)
+    batches = Batches(parts, latents, config)
+    seen = {name for step in range(60) for name in batches.at(step, 0).episodes}
+    assert {"StackCube-v1 episode 0 from frame 8 on", "StackCube-v1 episode 0"} <= seen
+    assert not any(name.startswith("PushCube-v1 episode 5") for name in seen)
+    held = [name for batch in batches.held() for name in batch.episodes]
+    assert held == ["PushCube-v1 episode 5", "StackCube-v1 episode 11"]
+    world = WorldModel.from_pretrained(world_model.train(config))
+    assert [task.env_id for task in world.config.tasks] == ["PushCube-v1", "StackCube-v1"]
+    for first in (0, 9):
+        with pytest.raises(UserError, match=f"later_starts: {first}; .* at frame 1 to 8"):
+            parts[0].begun_at(first)
+
+
 def test_bad_mixtures_are_named(push, autoencoder, tmp_path, make_dataset):
     alike = make_dataset(tmp_path / "alike", "PullCube-v1", 16, "sss")
     with pytest.raises(UserError, match="PullCube-v1: all 3 episodes end in success"):
