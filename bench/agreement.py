@@ -265,9 +265,10 @@ def compare_backend(bench: Bench) -> dict[str, Any]:
     name = bench.config.backend
     arms = {"eager": bench.arm(bench.load()), name: bench.arm(wrap_world(bench.load(), name))}
     since = time.perf_counter()
+    bench.imagine(f"{name}, built", arms[name])
+    built = time.perf_counter() - since
     found = bench.compare(arms, {name: ("eager", name)})
-    both = time.perf_counter() - since
-    return {"seconds_with_building": both, "agreement": found, "speed": bench.speeds(arms)}
+    return {"seconds_with_building": built, "agreement": found, "speed": bench.speeds(arms)}
 
 
 COMPARISONS = {

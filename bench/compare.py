@@ -21,8 +21,9 @@ from worldloop.config import read_json
 from worldloop.errors import UserError
 
 # What tells a file's rows apart, in the order in which a label shows them.
-IDENTITY = ("arm", "work", "op", "case", "implementation", "backend", "dtype", "batch")
-SAME = ("bench", "preset", "picture", "dtype")  # must agree for a comparison to mean anything
+IDENTITY = ("arm", "work", "op", "case", "implementation", "dtype", "batch")
+# Must agree for a comparison to mean anything.
+SAME = ("bench", "preset", "picture", "dtype", "backend", "attention", "chunks", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ class Row:
 def rows_of(document: Mapping[str, Any]) -> dict[str, Row]:
     """Every timed row of a bench document, by a label that tells it apart."""
     found: dict[str, Row] = {}
-    if "ms_per_observation" in document:  # the policy's file is a single row
-        seconds = document["ms_per_observation"] / 1000
-        found[f"batch {document['batch']}"] = Row(seconds, seconds)
+    for name in ("ms_per_observation", "ms_per_observation_with_image_chain"):
+        if name in document:  # the policy's file has no list of rows
+            seconds = document[name] / 1000
+            found[f"{name.removeprefix('ms_per_')}, batch {document['batch']}"] = Row(
+                seconds, seconds
+            )
     for value in document.values():
         for entry in value if isinstance(value, list) else []:
             if isinstance(entry, Mapping) and "p50_s" in entry:
@@ -70,6 +74,9 @@ def compare(
     old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float, any_machine: bool
 ) -> tuple[list[str], list[str]]:
     """One line for each row, and those that fail. Raises UserError for unlike documents."""
+    for which, document in (("OLD", old), ("NEW", new)):
+        if "bench" not in document or "machine" not in document:
+            raise UserError(f"{which} is not a benchmark's result")
     for name in SAME:
         if old.get(name) != new.get(name):
             raise UserError(f"{name} is {old.get(name)!r} in OLD and {new.get(name)!r} in NEW")
@@ -79,8 +86,8 @@ def compare(
             "--any-machine"
         )
     before, after = rows_of(old), rows_of(new)
-    if not before:
-        raise UserError(f"OLD ({old['bench']}) has no timed rows")
+    if not before:  # agreement: its figures are qualities
+        return [f"{old['bench']}: no timed rows"], []
     lines, failed = [], []
     for label, row in before.items():
         if label not in after:

@@ -51,7 +51,7 @@ class Part:
 
 
 def measured(documents: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, list[Part]]:
-    """Parts by preset and picture of every rollout file of that device ("cpu" or "gpu").
+    """Parts by preset, picture and back end of every rollout file of that device ("cpu" or "gpu").
 
     For each arm the batch size with the most frames a second.
     """
@@ -60,7 +60,8 @@ def measured(documents: Mapping[str, Mapping[str, Any]], device: str) -> dict[st
         if document["bench"] != "rollout" or not name.endswith(f"-{device}.json"):
             continue
         height, width = document["picture"]
-        parts = found.setdefault(f"{document['preset']}, {height}x{width}", [])
+        label = f"{document['preset']}, {height}x{width}, {document['backend']}"
+        parts = found.setdefault(label, [])
         best: dict[str, Mapping[str, Any]] = {}
         for row in document["arms"]:
             if "p50_s" in row:

@@ -72,17 +72,21 @@ def policy_flops(config: OpenVLAConfig, prompt: int) -> int:
 def make_policy(
     name: str, device: torch.device, dtype: torch.dtype, spec: ActionSpec | None = None
 ) -> VLAPolicy:
-    """Random weights of the real shapes, made on the device; 8 (7b) or 24 actions, or a spec's."""
-    spec = spec or ActionSpec(chunk=8 if name == "7b" else 24)
+    """Random weights of the real shapes, made on the device; 24 actions, a chunk, or a spec's.
+
+    7b sees its pictures as the published checkpoint does: behind a JPEG round trip, cropped.
+    """
+    spec, published = spec or ActionSpec(chunk=24), name == "7b"
     config = tiny_config(spec.dim, spec.chunk)
-    if name == "7b":
+    if published:
         config = OpenVLAConfig(action_dim=spec.dim, chunk=spec.chunk)
     with torch.device("meta"):
         network = OpenVLAOFT(config)
     network = network.to(dtype).to_empty(device=device)
     network.init_weights(0)
     statistics = Statistics((-1.0,) * 7, (1.0,) * 7, (True,) * 6 + (False,))
-    return VLAPolicy(network.eval(), PolicyConfig(spec, "bench"), statistics)
+    how = PolicyConfig(spec, "bench", jpeg=published, crop=published)
+    return VLAPolicy(network.eval(), how, statistics)
 
 
 @torch.inference_mode()
@@ -94,9 +98,9 @@ def bench(config: PolicyBench) -> dict[str, Any]:
     batch = config.batch or (32 if preset == "7b" else 16)
     dtype = timing.dtype_of(None, device)
     policy = make_policy(preset, device, dtype)
-    size = policy.network_config.image_size
+    side = 256 if preset == "7b" else 128  # of the world model's frames
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (batch, 1, size, size, 3), np.uint8)
+    frames = rng.integers(0, 256, (batch, 1, side, side, 3), np.uint8)
     texts = [INSTRUCTION] * batch
 
     together = policy.logits(frames, texts)
@@ -124,6 +128,8 @@ def bench(config: PolicyBench) -> dict[str, Any]:
         "preset": preset,
         "batch": batch,
         "dtype": timing.dtype_name(dtype),
+        "frames": [side, side],
+        "actions": policy.action_spec.chunk,
         "parity_relative_l2": error,
         "ms_per_observation": 1000 * times.p50 / batch,
         "ms_per_observation_p95": 1000 * times.p95 / batch,

@@ -34,6 +34,7 @@ Name = TypeVar("Name", bound=str)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
+HEAD_START = 2_000_000  # clock cycles, a millisecond: more than any launcher takes
 _RUNTIME_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 
 
@@ -45,6 +46,8 @@ def device_of(name: str | None) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current device
     return device
 
 
@@ -146,6 +149,7 @@ def kernel_seconds(
     pairs = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(HEAD_START)  # the host enqueues the kernel meanwhile
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         run()

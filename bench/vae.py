@@ -8,6 +8,7 @@ frame alone must equal the last frame of all, and a batch must equal its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -97,10 +98,12 @@ def bench(config: VAEBench) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     full: set[str] = set()  # kinds of work that ran out of memory at a smaller batch
     for batch in sorted(config.batches):
+        runs: dict[VAEWork, Callable[[], Any]] = {}
         try:
             runs = {work: vae_work(world, work, batch) for work in WORKS}
         except torch.cuda.OutOfMemoryError:
             rows.append({"work": "encode", "batch": batch, "out_of_memory": True})
+        if not runs:
             torch.cuda.empty_cache()
             break
         memory: dict[str, dict[str, float | None]] = {}
@@ -113,6 +116,7 @@ def bench(config: VAEBench) -> dict[str, Any]:
             except torch.cuda.OutOfMemoryError:
                 full.add(work)
                 rows.append({"work": work, "batch": batch, "out_of_memory": True})
+            if work in full:  # while the error is handled, it holds what ran out
                 torch.cuda.empty_cache()
         ready = {work: run for work, run in runs.items() if work in memory}
         times = timing.interleaved(ready, config.repeats, device)

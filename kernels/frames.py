@@ -49,8 +49,8 @@ def launch_to_uint8(pixels_B3THW: Tensor, rounded: bool) -> Tensor:
     B, C, T, H, W = pixels_B3THW.shape
     require(C == 3, "to_uint8", f"pixels have {C} channels; expected 3")
     x = pixels_B3THW
-    if x.stride(3) != W * x.stride(4):
-        x = x.contiguous()
+    if W == 1 or x.stride(3) != W * x.stride(4):  # a single column may have any stride
+        x = x.contiguous(memory_format=torch.contiguous_format).view(B, C, T, H, W)
     out = torch.empty((B, T, H, W, 3), dtype=torch.uint8, device=x.device)
     _to_uint8_kernel[(triton.cdiv(out.numel(), BLOCK),)](
         x, out, out.numel(), H * W, T, x.stride(0), x.stride(1), x.stride(2), x.stride(4),

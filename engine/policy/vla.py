@@ -362,8 +362,12 @@ def sample_tokens(
 def token_logprobs(
     logits_BNK: Tensor, tokens_BN: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B,N] of tokens and entropies [B,N], in nats; differentiable."""
-    return action_logprobs(logits_BNK, tokens_BN, temperature or 1.0)
+    """Log-probabilities [B,N] of tokens and entropies [B,N], in nats; differentiable.
+
+    The logits are float32 whatever autocast is on, under which no kernel of ours would run.
+    """
+    with torch.autocast(logits_BNK.device.type, enabled=False):
+        return action_logprobs(logits_BNK, tokens_BN, temperature or 1.0)
 
 
 def tokenizer_of(folder: Path, config: OpenVLAConfig) -> Path | None:

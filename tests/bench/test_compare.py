@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -59,13 +60,26 @@ def test_unlike_runs_are_refused():
     with pytest.raises(UserError, match="machines differ"):
         compare.compare(OLD, new, 0.1, any_machine=False)
     assert compare.compare(OLD, new, 0.1, any_machine=True)[1] == []
-    with pytest.raises(UserError, match="picture is"):
-        compare.compare(OLD, {**OLD, "picture": [256, 256]}, 0.1, any_machine=False)
+    for name, value in (("picture", [256, 256]), ("backend", "compiled"), ("chunks", 1)):
+        with pytest.raises(UserError, match=f"{name} is"):
+            compare.compare(OLD, {**OLD, name: value}, 0.1, any_machine=False)
+    with pytest.raises(UserError, match="NEW is not a benchmark's result"):
+        compare.compare(OLD, {}, 0.1, any_machine=False)
+
+
+def test_the_committed_results_can_be_compared(capsys):
+    results = str(Path(__file__).parents[2] / "bench/results")
+    assert main(["bench", "compare", results, results]) == 0
+    assert "agreement: no timed rows" in capsys.readouterr().out
 
 
 def test_policy_and_doubled_rows():
-    policy = {"bench": "policy", "ms_per_observation": 14.0, "batch": 16}
-    assert compare.rows_of(policy)["batch 16"].median == pytest.approx(0.014)
+    policy = {"bench": "policy", "ms_per_observation": 14.0, "batch": 16, "machine": {},
+              "ms_per_observation_with_image_chain": 18.0}  # fmt: skip
+    rows = compare.rows_of(policy)
+    assert [row.median for row in rows.values()] == pytest.approx([0.014, 0.018])
+    slower = policy | {"ms_per_observation_with_image_chain": 36.0}
+    assert len(compare.compare(policy, slower, 0.1, any_machine=False)[1]) == 1
     with pytest.raises(UserError, match="two rows"):
         compare.rows_of({"arms": [OLD["arms"][0]] * 2})
 

@@ -34,7 +34,7 @@ def test_vae_flops_of_the_published_autoencoder():
 def document(arms):
     return {
         "bench": "rollout", "preset": "tiny", "picture": [128, 128], "arms": arms,
-        "machine": {"gpu": None, "cpu": "x", "threads": 2},
+        "machine": {"gpu": None, "cpu": "x", "threads": 2}, "backend": "eager",
     }  # fmt: skip
 
 
@@ -46,9 +46,12 @@ def test_measured_parts_take_the_best_batch_and_say_where_from():
     ]
     policy = {"bench": "policy", "preset": "tiny", "ms_per_observation_with_image_chain": 10.0,
               "machine": {"gpu": None}}  # fmt: skip
+    compiled = document([dict(arms[0], p50_s=0.1)]) | {"backend": "compiled"}
     found = cost.measured({"rollout-tiny-128x128-cpu.json": document(arms),
+                           "rollout-tiny-128x128-compiled-cpu.json": compiled,
                            "policy-tiny-cpu.json": policy}, "cpu")  # fmt: skip
-    world, forward, update = found["tiny, 128x128"]
+    assert [part.seconds for part in found["tiny, 128x128, compiled"]][0] == 0.1
+    world, forward, update = found["tiny, 128x128, eager"]
     assert world.seconds == 0.25 and "batch 4" in world.name
     assert world.source == "measured: rollout-tiny-128x128-cpu.json"
     assert forward.seconds == 0.01 and update.seconds == pytest.approx(0.03)
