@@ -37,9 +37,8 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
-from worldloop.metrics import Alignment, outcome_alignment, wilson_interval
+from worldloop.metrics import Alignment, held_success, outcome_alignment, wilson_interval
 from worldloop.rl.children import Children, Dropped
-from worldloop.rl.imagine import held_success
 from worldloop.rl.pictures import plain_pair, write_pair
 from worldloop.rl.starts import shipped_episodes
 from worldloop.rl.true_env import Replay, TrueEnv, record_replay, require_truth

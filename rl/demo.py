@@ -217,8 +217,10 @@ def measure(
     rollout, seconds = imagine(
         world, held_out, held_out.actions, config.steps, config.seed, "imagine"
     )
-    comparison = compare_rollout(held_out.episodes, rollout, classifier, held_out.object_color)
-    threshold, _ = world.config.success_rule(held_out.episodes[0].instruction)
+    threshold, held = world.config.success_rule(held_out.episodes[0].instruction)
+    comparison = compare_rollout(
+        held_out.episodes, rollout, classifier, held_out.object_color, held_frames=held
+    )
     assert rollout.frames is not None
     real = np.stack([episode.frames for episode in held_out.episodes])
     perceptual, no_lpips = lpips(real[:, 1:], rollout.frames[:, 1:, 0])

@@ -59,8 +59,9 @@ class Evaluation:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson score interval of the rate, 95 %."""
-        return wilson_interval(int(self.success.sum()), len(self.success))
+        """Wilson score interval of the rate, 95 %; a start that is tried often is one draw."""
+        distinct = len(set(self.starts))
+        return wilson_interval(self.rate * distinct, distinct)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the figures first, then every episode."""

@@ -154,7 +154,10 @@ class Evaluation:
             f"{held_out.env_id}, {steps or config.steps} steps", config.batch,
         )  # fmt: skip
         classifier, _ = find_classifier(held_out.env_id, among=config.classifiers)
-        compared = compare_rollout(held_out.episodes, rollout, classifier, held_out.object_color)
+        held = world.config.success_rule(held_out.episodes[0].instruction)[1]
+        compared = compare_rollout(
+            held_out.episodes, rollout, classifier, held_out.object_color, held_frames=held
+        )
         return Measured(held_out, rollout, compared, seconds)
 
     # ------------------------------------------------------------ the tables
@@ -236,7 +239,7 @@ class Evaluation:
             for m in found
         }
         return {
-            **pooled(every, T),
+            **pooled(every, T, repeats=len(runs)),
             "seeds": [{"checkpoint": str(where), **pooled(found, T)} for where, found in runs],
             "tasks_of_first_seed": tasks,
         }

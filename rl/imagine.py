@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from worldloop.cli import parse_config
@@ -17,7 +16,7 @@ from worldloop.config import config_to_dict, positive
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.files import atomic_write_text
-from worldloop.metrics import Alignment, outcome_alignment
+from worldloop.metrics import Alignment, held_success, outcome_alignment
 from worldloop.rl.held_out import load_held_out
 from worldloop.rollout_io import save_rollout
 from worldloop.track import Progress, git_commit
@@ -79,7 +78,7 @@ def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
     rule = world.config.success_rule
     succeeded = [held_success(e.reward, rule(e.instruction)[1]) for e in real.episodes]
     true = np.repeat(succeeded, config.group_size)
-    agreement = outcome_alignment(true, rollout.success)
+    agreement = replace(outcome_alignment(true, rollout.success), repeats=config.group_size)
     document = {
         **agreement.to_dict(),
         "agreement": agreement.rate,
@@ -89,11 +88,6 @@ def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
     }
     atomic_write_text(config.out / "agreement.json", json.dumps(document, indent=2) + "\n")
     return rollout, agreement
-
-
-def held_success(reward_T: npt.NDArray[np.float32], frames: int) -> bool:
-    """Whether a recorded success flag [T] stays up for that many frames somewhere."""
-    return bool((np.convolve(reward_T > 0.5, np.ones(frames), "valid") >= frames).any())
 
 
 def main(argv: list[str]) -> int:

@@ -23,10 +23,9 @@ from worldloop.config import read_json
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_path, atomic_write_text
-from worldloop.metrics import pooled_success
+from worldloop.metrics import held_success, pooled_success
 from worldloop.rl.grpo_report import cell
 from worldloop.rl.held_out import HeldOut, imagine, load_held_out
-from worldloop.rl.imagine import held_success
 from worldloop.rl.loop import Loop
 from worldloop.rl.pictures import Pair, contact_sheet, plain_pair
 from worldloop.track import git_commit

@@ -27,12 +27,11 @@ from worldloop.files import atomic_write_text
 from worldloop.labels import read_labels
 from worldloop.ledger import path_sha256
 from worldloop.merge import merge_datasets
-from worldloop.metrics import outcome_alignment, wilson_interval
+from worldloop.metrics import held_success, outcome_alignment, wilson_interval
 from worldloop.rl.alarm import check_steps, load_check
 from worldloop.rl.children import Children, Dropped
 from worldloop.rl.collect import count_episodes
 from worldloop.rl.held_out import imagine, load_held_out
-from worldloop.rl.imagine import held_success
 from worldloop.rl.jobs import run_job
 from worldloop.rl.round_config import RoundConfig
 from worldloop.rl.true_env import Evaluating, measure, record_policy

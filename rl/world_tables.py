@@ -81,20 +81,27 @@ def alignments(visual: Alignment | None, reward: Alignment) -> dict[str, Any]:
     return {**row, **rate("reward_alignment", reward)}
 
 
-def add(parts: Sequence[Alignment]) -> Alignment:
-    """The counts of several tasks together."""
-    return Alignment(*(sum(column) for column in zip(*(p.to_dict().values() for p in parts))))
+def add(parts: Sequence[Alignment], repeats: int = 1) -> Alignment:
+    """The counts of several tasks together, each measured ``repeats`` times on the same starts."""
+    counts = [part.to_dict() for part in parts]
+    return Alignment(**{k: sum(part[k] for part in counts) for k in counts[0]}, repeats=repeats)
 
 
-def pooled(found: Sequence[Measured], frames: int) -> dict[str, Any]:
-    """Pictures as the mean over rollouts, outcomes counted together."""
+def pooled(found: Sequence[Measured], frames: int, repeats: int = 1) -> dict[str, Any]:
+    """Pictures as the mean over rollouts, outcomes counted together.
+
+    repeats: how many checkpoints imagined the same episodes; they are counted all, but the interval
+    is that of the episodes.
+    """
     compared = [measured.comparison for measured in found]
     visual = [c.visual for c in compared if c.visual is not None]
     rows = mean_of([pictures(c, frames) for c in compared])
     return {
         "n": sum(len(c.psnr) for c in compared),
         **rows,
-        **alignments(add(visual) if visual else None, add([c.reward for c in compared])),
+        **alignments(
+            add(visual, repeats) if visual else None, add([c.reward for c in compared], repeats)
+        ),
     }
 
 

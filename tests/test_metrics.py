@@ -225,6 +225,24 @@ def test_compare_rollout() -> None:
     assert summary["object_within_4px"] == 1
     assert summary["reward_alignment"] == summary["visual_alignment"] == 0.5
     assert metrics.compare_rollout(real, rollout(real, [True, True]), None).visual is None
+    # Won and lost again: a success to the rule, a failure to who looks at the last frame.
+    lost = dataclasses.replace(real[0], reward=np.array([0, 1, 1, 0], np.float32))
+    both = [lost, real[1]]
+    for held, right in ((1, 1.0), (2, 1.0), (3, 0.5)):
+        found = metrics.compare_rollout(
+            both, rollout(both, [True, False]), Always(), held_frames=held
+        )
+        assert found.reward.rate == right and found.visual is not None
+        assert found.visual.rate == 0.0
+
+
+def test_a_start_state_that_is_counted_often_is_one_draw() -> None:
+    once = metrics.Alignment(5, 1, 1, 5)
+    often = metrics.Alignment(40, 8, 8, 40, repeats=8)
+    assert often.rate == once.rate and often.interval == pytest.approx(once.interval)
+    assert often.to_dict() == {
+        "true_success": 40, "false_success": 8, "false_failure": 8, "true_failure": 40,
+    }  # fmt: skip
 
 
 def test_compare_rollout_refuses_what_does_not_fit() -> None:

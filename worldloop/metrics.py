@@ -213,6 +213,8 @@ class Alignment:
     false_success: int  # predicted success, truly a failure
     false_failure: int
     true_failure: int
+    repeats: int = 1
+    """How often each start state is counted (by several checkpoints, or a group's members)."""
 
     @property
     def count(self) -> int:
@@ -225,12 +227,13 @@ class Alignment:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson 95 % interval of the rate."""
-        return wilson_interval(self.true_success + self.true_failure, self.count)
+        """Wilson 95 % interval of the rate; a start state that is counted often is one draw."""
+        right = self.true_success + self.true_failure
+        return wilson_interval(right / self.repeats, self.count / self.repeats)
 
     def to_dict(self) -> dict[str, int]:
         """The four counts by name."""
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "repeats"}
 
 
 def outcome_alignment(true_B: Bool, predicted_B: Bool) -> Alignment:
@@ -248,7 +251,12 @@ def outcome_alignment(true_B: Bool, predicted_B: Bool) -> Alignment:
     )
 
 
-def wilson_interval(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def held_success(reward_T: npt.NDArray[np.floating[Any]], frames: int) -> bool:
+    """Whether a recorded success flag [T] stays up for that many frames somewhere."""
+    return bool((np.convolve(reward_T > 0.5, np.ones(frames), "valid") >= frames).any())
+
+
+def wilson_interval(right: float, count: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a share ``right / count``; (nan, nan) for an empty count."""
     if not 0 <= right <= count:
         raise UserError(f"right is {right} of {count}; expected 0 <= right <= count")
@@ -331,12 +339,15 @@ def compare_rollout(
     classifier: Classifier | None,
     object_color: str = "blue",
     pixels: float = 4.0,
+    held_frames: int = 1,
 ) -> Comparison:
     """Measure a rollout with every frame decoded against the episodes it re-imagines.
 
     ``real[b]`` must be the episode whose start and actions row b had. object_color: "" where no
-    colour tells the object. Raises UserError when the
-    numbers of episodes or frames differ, or frames were not decoded.
+    colour tells the object. held_frames: of the rule that ``rollout.success`` was found by; by it
+    an episode has succeeded, whatever came after, while the classifier is asked about the last
+    frame. Raises UserError when the numbers of episodes or frames differ, or frames were not
+    decoded.
     """
     if rollout.frames is None:
         raise UserError('rollout.frames is None; imagine with decode="all" to compare pictures')
@@ -354,7 +365,8 @@ def compare_rollout(
     imagined = rollout.frames[:, :, 0]
     error = mse(true[:, 1:], imagined[:, 1:])
     static = mse(true[:, 1:], np.broadcast_to(true[:, :1], true[:, 1:].shape))
-    truth = np.array([bool(episode.reward[T - 1] > 0.5) for episode in real])
+    truth = np.array([held_success(episode.reward[:T], held_frames) for episode in real])
+    at_the_end = np.array([bool(episode.reward[T - 1] > 0.5) for episode in real])
     visual = None if classifier is None else classifier.success(imagined[:, -1])
     # An untouched scene gives 100 dB, not infinity, or the mean would be lost.
     return Comparison(
@@ -364,7 +376,7 @@ def compare_rollout(
         mse=error,
         track=_track(true[:, 1:], imagined[:, 1:], pixels, object_color),
         reward=outcome_alignment(truth, rollout.success),
-        visual=None if visual is None else outcome_alignment(truth, visual),
+        visual=None if visual is None else outcome_alignment(at_the_end, visual),
         true_success=truth,
         reward_success=np.asarray(rollout.success, bool),
         visual_success=visual,

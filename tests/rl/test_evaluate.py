@@ -155,6 +155,9 @@ def test_wilson_interval(right: int, count: int, low: float, high: float) -> Non
     success = np.arange(count) < right
     made = Evaluation(tuple(range(count)), success, np.full(count, 30), 30 * count, 2.0)
     assert made.ci95 == wilson_interval(right, count) and made.rate == right / count
+    # A pool of starts that is tried three times over is no larger for it.
+    often = Evaluation(made.starts * 3, np.tile(success, 3), np.tile(made.steps, 3), 90, 2.0)
+    assert often.ci95 == pytest.approx(made.ci95) and len(often.to_dict()["success"]) == 3 * count
 
 
 def test_figures_are_plain_json() -> None:

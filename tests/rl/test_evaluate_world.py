@@ -17,7 +17,7 @@ from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
-from worldloop.metrics import psnr
+from worldloop.metrics import psnr, wilson_interval
 from worldloop.outcome import OutcomeClassifier, OutcomeNet
 from worldloop.rl import evaluate_world as module
 from worldloop.rl.evaluate_world import EvaluateWorldConfig, Evaluation
@@ -152,8 +152,8 @@ def test_arms_are_pooled_over_seeds_and_transfer_stands_apart(document):
     # The second seed is the very model that was measured.
     assert arm["seeds"][1]["psnr"] == pytest.approx(made["mean"]["psnr"])
     assert arm["seeds"][0]["psnr"] != arm["seeds"][1]["psnr"]
-    narrow = np.diff(arm["reward_alignment_ci95"])[0]
-    assert narrow < np.diff(arm["seeds"][0]["reward_alignment_ci95"])[0]
+    # Two checkpoints on the same 20 starts tell no more of the starts than one does.
+    assert arm["reward_alignment_ci95"] == list(wilson_interval(20 * arm["reward_alignment"], 20))
     transfer = made["transfer"]
     assert transfer["task"] == "PullCube-v1" and transfer["n"] == 10
     expected = made["tasks"]["PullCube-v1"]["reward_alignment"]
