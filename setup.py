@@ -78,7 +78,7 @@ setup(
     extras_require={
         "sim": ["mani_skill==3.0.1"],
         "libero": ["hf-libero==0.1.4"],  # `make setup-libero` installs less: what the tasks need
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "msgpack>=1.0", "prometheus-client>=0.20"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "gpu": ["triton>=3.6,<3.8"],
         "hub": ["huggingface_hub>=0.25", "tokenizers>=0.20"],
         # The TensorRT back end: the exporter, and NVIDIA's library (CUDA machines only).

@@ -25,6 +25,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from worldloop import __version__, native
 from worldloop.config import config_to_dict
+from worldloop.engine import precision
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.track import git_commit
@@ -42,10 +43,8 @@ _RUNTIME_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", 
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name; None takes the GPU where there is one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device")
+    """The device of that name, made the current one; None takes the GPU where there is one."""
+    device = precision.device_of(name or "auto")
     if device.index is not None:
         torch.cuda.set_device(device)  # events are recorded on the current device
     return device

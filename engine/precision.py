@@ -1,4 +1,4 @@
-"""Whether a device computes in bf16 by itself, and the autocast that follows from it."""
+"""The device that is asked for, whether it computes in bf16 by itself, and the autocast for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ import torch
 from worldloop.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name, where it is there; ``auto``: a GPU, or else the CPU.
+
+    Raises UserError for one that torch does not know or see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    there = {"cpu": 1, "meta": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise UserError(
+            f"device is {str(name)!r}, but torch {torch.__version__} sees {there or 'no'} such "
+            f"device{'s' if there > 1 else ''}"
+        )
+    return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:

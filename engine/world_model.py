@@ -39,6 +39,7 @@ from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.kv_cache import KVRing
 from worldloop.engine.light_vae import LightVAE, LightVAEConfig
+from worldloop.engine.precision import device_of
 from worldloop.engine.reward import RewardHead
 from worldloop.engine.sampler import (
     STREAMING_TIMES,
@@ -414,6 +415,7 @@ class WorldModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> WorldModel:
         """A folder, the name of a shipped preset (``tiny``) or a hub id; strict."""
+        device = device_of(device)
         checkpoint = load_checkpoint(resolve_pretrained(name), kind="world_model")
         where = str(checkpoint.folder)
         config = config_from_dict(WorldModelConfig, checkpoint.config, where)

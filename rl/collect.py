@@ -328,6 +328,9 @@ class Collector:
         """Write what is still wanted of a shard; return how many episodes the dataset holds."""
         with _turn_to_add(self.config.out):
             have = count_episodes(self.config.out)
+            # An interrupted writer may have finished what it is handed again.
+            there = set(EpisodeDataset(self.config.out).seeds) if have else set()
+            shard = [episode for episode in shard if episode.seed not in there]
             shard = shard[: max(0, self.config.episodes - have)]
             return self.writer.add(shard) if shard else have
 

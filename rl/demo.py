@@ -302,7 +302,8 @@ PRESETS = {
 
 def main(argv: list[str]) -> int:
     """Run from the command line; without a preset's name it is `full`."""
-    if not argv or argv[0] not in (*PRESETS, "-h", "--help"):
+    given = argv[0].partition("=")[0] if argv else ""
+    if given not in (*PRESETS, "-h", "--help", "--config"):
         argv = ["full", *argv]
     config = parse_config(PRESETS, argv, "worldloop demo")
     values = demo(config)

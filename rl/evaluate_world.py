@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from worldloop.calibration import crossfit_alignment, fit_reward, held_score, precision_recall
-from worldloop.checkpoint import resolve_pretrained
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
+from worldloop.hub import WEIGHTS
 from worldloop.metrics import compare_rollout, fvd, lpips, outcome_alignment
 from worldloop.rl.held_out import (
     HeldOut,
@@ -118,6 +118,12 @@ class EvaluateWorldConfig:
         for arm in self.arms:
             if not all(arm.partition("=")):
                 raise UserError(f"arms: {arm!r}; expected NAME=CHECKPOINT")
+        own = (Path(self.world) / "config.json").is_file()
+        if self.calibrate and not (own and WEIGHTS not in Path(self.world).resolve().parents):
+            raise UserError(
+                f"calibrate: writes into the world model's folder, and {self.world!r} is a shipped "
+                "or downloaded one; copy it and give the copy with --world"
+            )
         named = [arm for arm in self.arms if arm.partition("=")[0] in TRANSFER]
         if named and self.transfer is None:
             raise UserError(f"arms: {named[0]!r} needs the unseen task's episodes: --transfer")
@@ -367,7 +373,7 @@ class Evaluation:
                 tuple(thinned(row["precision_recall"], 40)),
             )  # fmt: skip
             changed = changed.with_rule(env_id, held_out.episodes[0].instruction, fitted)
-        return write_world_config(Path(resolve_pretrained(self.config.world)), changed)
+        return write_world_config(Path(self.config.world), changed)
 
     # ------------------------------------------------------------ everything
 

@@ -26,6 +26,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ class GRPOConfig:
     """Last start frames of the dataset, never trained on."""
     keep_every: int = 10
     """Steps between policies that are kept (out/policies/STEP)."""
+    wandb: str | None = None
+    """Project at Weights & Biases that the metrics go to as well."""
     threads: int = 1
     device: str = "cpu"
     precision: str = "fp32"
@@ -309,6 +312,8 @@ def train(config: GRPOConfig) -> Path:
     Where the alarm stopped the run, that is the last policy at which it was silent. Raises
     UserError when another process runs in the same folder.
     """
+    if config.actor == "vllm" and find_spec("vllm") is None:
+        raise UserError("actor vllm: vLLM is not installed here; use --actor inprocess")
     with exclusive(config.out):
         return _train(config)
 

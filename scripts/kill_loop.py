@@ -79,6 +79,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/kill-loop"))
     options = parser.parse_args()
     home = options.out
+    if home.exists() and any(home.iterdir()) and not (home / "whole.log").is_file():
+        parser.error(f"{home}: holds something else than loops to kill; name another folder")
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     whole, killed = home / "whole", home / "killed"
@@ -121,10 +123,12 @@ def main() -> int:
             and seeds == EpisodeDataset(a.output(r, "collect", "episodes")).seeds
         )
     waits.sort()
-    print(
-        f"{kills} kills, {len(b.records)} records: ledgers {'equal' if same else 'DIFFER'}; first "
-        f"work after a resume: median {waits[len(waits) // 2]:.1f} s, longest {waits[-1]:.1f} s"
-    )
+    print(f"{kills} kills, {len(b.records)} records: ledgers {'equal' if same else 'DIFFER'}")
+    if waits:
+        print(
+            f"first work after a resume: median {waits[len(waits) // 2]:.1f} s, longest "
+            f"{waits[-1]:.1f} s"
+        )
     return 0 if same else 1
 
 

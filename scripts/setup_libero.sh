@@ -9,7 +9,8 @@ title=setup-libero
 . scripts/common.sh
 python() { "$VENV/bin/python" "$@"; }
 pip() { python -m pip --disable-pip-version-check install -q -c constraints.txt "$@"; }
-has() { ldconfig -p | grep -q "$1"; }
+# ldconfig lies outside many users' PATH; grep reads to the end, or pipefail would see a broken pipe.
+has() { PATH=$PATH:/usr/sbin:/sbin ldconfig -p | grep "$1" >/dev/null; }
 
 if ! { has libEGL.so.1 && has libGL.so.1 && has libEGL_mesa; }; then
   apt_install libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri

@@ -447,6 +447,6 @@ def test_hub_download_and_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert calls.pop()[1]["allow_patterns"] == ["*.safetensors", "*.json"]
     folder = ck.save_checkpoint(tmp_path / "c", tensors(), {}, kind="test")
     assert ck.push_to_hub(folder, "org/wm") == "hub/org/wm"
-    assert calls.pop()[1]["allow_patterns"] == ["config.json", "README.md", "model.safetensors"]
+    assert calls.pop()[1]["allow_patterns"] == ["*.safetensors", "*.json", "README.md"]
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         ck.push_to_hub(tmp_path / "empty", "org/wm")

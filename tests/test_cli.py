@@ -160,9 +160,14 @@ class Small:
     name: str = "a"
 
 
-def test_parse_config() -> None:
+def test_parse_config(tmp_path: Path) -> None:
     assert cli.parse_config(Small, ["--steps", "5"], "t") == Small(steps=5)
     presets = {"one": ("first", Small()), "two": ("second", Small(name="b"))}
+    whole = tmp_path / "config.json"
+    whole.write_text('{"steps": 9, "name": "c"}')
+    for argv in (["--config", str(whole)], [f"--config={whole}"]):
+        assert cli.parse_config(Small, argv, "t") == Small(9, "c")
+        assert cli.parse_config(presets, argv, "t") == Small(9, "c")
     assert cli.parse_config(presets, ["two", "--steps", "7"], "t") == Small(7, "b")
     for argv in (["three"], ["one", "--stepz", "1"], ["one", "--steps", "x"]):
         with pytest.raises(SystemExit) as stop:

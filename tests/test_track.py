@@ -2,11 +2,13 @@
 
 import io
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from worldloop import __version__, track
 from worldloop.errors import UserError
 from worldloop.track import Progress, Run, read_rows
 
@@ -48,6 +50,28 @@ def test_resume_drops_later_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[3]["seconds"] >= rows[2]["seconds"]
     assert "resumed with steps 5 -> 9" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 9
+
+
+def test_a_finished_run_keeps_the_record_of_what_made_it(tmp_path: Path) -> None:
+    """Nothing is left to train: other settings would name what the weights never saw."""
+    with Run(tmp_path, Config(), tensorboard=False) as run:
+        run.log(5, loss=1.0)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"5 steps were made with other settings \(sizes"):
+        Run(tmp_path, Config(sizes=(3,)), resume_step=5, tensorboard=False)
+    assert (tmp_path / "config.json").read_text() == before
+    Run(tmp_path, Config(steps=4), resume_step=5, tensorboard=False).close()
+    Run(tmp_path, Config(steps=6, sizes=(3,)), resume_step=5, tensorboard=False).close()
+
+
+def test_the_commit_is_this_checkouts_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "theirs/.venv/site-packages/worldloop"
+    package.mkdir(parents=True)
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q",
+                                   "--allow-empty", "-m", "theirs"]):  # fmt: skip
+        subprocess.run(["git", *words], cwd=tmp_path / "theirs", check=True)
+    monkeypatch.setattr(track, "__file__", str(package / "track.py"))
+    assert track.git_commit() == f"worldloop {__version__}"
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from worldloop.checkpoint import load_into, load_training_state, save_training_state
 from worldloop.config import positive
-from worldloop.engine.precision import takes_bf16
+from worldloop.engine.precision import device_of, takes_bf16
 from worldloop.errors import UserError
 
 
@@ -41,6 +41,8 @@ class TrainingOptions:
     precision: str = "auto"
     save_every: int = 100
     """Steps between checkpoints."""
+    wandb: str | None = None
+    """Project at Weights & Biases that the metrics go to as well."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "held_out", "threads", "save_every")
@@ -48,11 +50,10 @@ class TrainingOptions:
 
 def device_for(name: str) -> torch.device:
     """``auto`` takes the GPU where there is one; under torchrun, this process's own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name)
+    device = device_of(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return device
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: int = 100) -> float:

@@ -58,7 +58,7 @@ VERBS: dict[str, tuple[str, str]] = {
 # What to install when a verb needs a library of an extra.
 EXTRAS = {
     "mani_skill": "sim", "sapien": "sim", "libero": "libero", "robosuite": "libero",
-    "fastapi": "serve", "uvicorn": "serve", "msgpack": "serve", "prometheus_client": "serve",
+    "fastapi": "serve", "uvicorn": "serve",
     "triton": "gpu", "huggingface_hub": "hub", "tokenizers": "hub",
     "diffusers": "dev", "transformers": "dev",
 }  # fmt: skip
@@ -77,7 +77,8 @@ def usage() -> str:
             "verbs:",
             *lines,
             "",
-            "`worldloop VERB --help` shows the options of one verb.",
+            "`worldloop VERB --help` shows the options of one verb; `--config FILE` takes all of",
+            "them from a config.json, as a run's folder keeps it.",
             "WORLDLOOP_TRACEBACK=1 shows where an error comes from.",
         ]
     )
@@ -106,10 +107,11 @@ def parse_config(
     """
     import tyro
 
-    if len(argv) == 2 and argv[0] == "--config":
+    words = [part for word in argv for part in word.split("=", 1)] if len(argv) < 3 else []
+    if len(words) == 2 and words[0] == "--config":
         some = next(iter(presets.values()))[1] if isinstance(presets, Mapping) else None
         kind = cast(type[T], presets) if some is None else type(some)
-        return config_from_dict(kind, read_json(argv[1]), argv[1])
+        return config_from_dict(kind, read_json(words[1]), words[1])
     if isinstance(presets, Mapping):
         table = {name: (text, config) for name, (text, config) in presets.items()}
         return tyro.extras.overridable_config_cli(table, prog=prog, args=list(argv))

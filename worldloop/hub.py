@@ -8,6 +8,7 @@ from worldloop.config import read_json
 from worldloop.errors import UserError
 from worldloop.files import PathLike
 
+FILES = ["*.safetensors", "*.json"]  # of a checkpoint: nothing that could be run
 WEIGHTS = Path(__file__).parent / "weights"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -49,9 +50,7 @@ def _hub(what: str) -> Any:
 def _download(repo_id: str, revision: str | None) -> Path:
     hub = _hub(repo_id)
     try:
-        # Weights and JSON only: nothing that could be run.
-        patterns = ["*.safetensors", "*.json"]
-        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
     except Exception as error:  # offline, unknown, private: the library has a class for each
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -61,16 +60,16 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def push_to_hub(folder: PathLike, repo_id: str, *, private: bool = True) -> str:
-    """Upload a checkpoint folder (its config.json and weight files); returns the address."""
+    """Upload a checkpoint folder, a world model's or a policy's; returns the address.
+
+    What `resolve_pretrained` fetches is sent, weights and JSON, and a README.md.
+    """
     source = Path(folder)
-    files = read_json(source / "config.json").get("files")
-    if not isinstance(files, dict):
-        raise UserError(f"{source / 'config.json'}: not written by worldloop; save it first")
+    read_json(source / "config.json")  # or it is no checkpoint
     api = _hub(repo_id).HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        wanted = ["config.json", "README.md", *files.values()]
-        api.upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=wanted)
+        api.upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=[*FILES, "README.md"])
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{repo_id}: upload failed ({reason}); log in or check the name") from error

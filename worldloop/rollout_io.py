@@ -47,6 +47,8 @@ def save_rollout(
     }
     if video and rollout.frames is not None and rollout.frames.shape[1] > 1:
         write_video(target / "rollout.mp4", _grid(rollout.frames[:, :, 0]), fps)
+    else:
+        (target / "rollout.mp4").unlink(missing_ok=True)  # of an earlier one
     atomic_write_text(target / "rollout.json", json.dumps(document, indent=2) + "\n")
     return target
 

@@ -1,6 +1,7 @@
 """The record of a run: config.json, metrics.jsonl, TensorBoard, and progress on the screen."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from worldloop.files import PathLike, atomic_write_bytes, atomic_write_text, dis
 
 Scalar = bool | int | float | str | None
 
+# Options of a run that make no difference to what its steps have made.
+UNTRAINED = {"steps", "out", "threads", "device", "save_every", "sample_every", "wandb"}
+
 
 def rank() -> int:
     """The rank of this process under torchrun, 0 elsewhere."""
@@ -24,15 +28,23 @@ def rank() -> int:
 
 
 def git_commit() -> str:
-    """The git commit of this checkout ("-dirty" where it was changed), or the package's version."""
+    """The git commit of this checkout ("-dirty" where it was changed), or the package's version.
+
+    An installed package may lie inside somebody else's repository, whose commit says nothing.
+    """
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        return found.stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return f"worldloop {__version__}"
+    return f"worldloop {__version__}"
 
 
 class Progress:
@@ -113,7 +125,7 @@ class Run:
 
     def __init__(
         self, folder: PathLike, config: Any, *, resume_step: int | None = None,
-        overwrite: bool = False, tensorboard: bool = True, wandb: str | None = None,
+        overwrite: bool = False, tensorboard: bool = True,
     ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self.writes = rank() == 0
@@ -124,12 +136,12 @@ class Run:
             return
         plain = dict(config) if isinstance(config, Mapping) else config_to_dict(config)
         self._time_before = self._open_rows(resume_step, overwrite)
-        self._save_config(plain, resume_step is not None)
+        self._save_config(plain, resume_step)
         self._start = time.monotonic()
         if tensorboard:
             self._writer = self._tensorboard(resume_step)
-        if wandb is not None:
-            self._wandb = self._start_wandb(wandb, plain, resume_step)
+        if plain.get("wandb"):
+            self._wandb = self._start_wandb(plain["wandb"], plain, resume_step)
 
     @property
     def metrics_path(self) -> Path:
@@ -153,14 +165,23 @@ class Run:
         self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
 
-    def _save_config(self, plain: dict[str, Any], resumed: bool) -> None:
+    def _save_config(self, plain: dict[str, Any], resume_step: int | None) -> None:
         path = self.folder / "config.json"
-        if resumed and path.is_file():
-            old = read_json(path)
-            for key in sorted(old.keys() | plain.keys()):
-                before, after = old.get(key), json.loads(json.dumps(plain.get(key)))
-                if before != after:
-                    print(f"{self.folder}: resumed with {key} {before!r} -> {after!r}")
+        if resume_step is not None and path.is_file():
+            old, new = read_json(path), json.loads(json.dumps(plain))
+            changed = {
+                key: f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            }
+            if resume_step >= new.get("steps", math.inf) and changed.keys() - UNTRAINED:
+                raise UserError(
+                    f"{self.folder}: its {resume_step} steps were made with other settings "
+                    f"({'; '.join(changed.values())}); more --steps go on with the new ones, "
+                    "another folder begins anew"
+                )
+            for text in changed.values():
+                print(f"{self.folder}: resumed with {text}")
         atomic_write_text(path, json.dumps(plain, indent=2) + "\n")
 
     def _tensorboard(self, resume_step: int | None) -> Any:
@@ -175,7 +196,7 @@ class Run:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("wandb: not installed; pip install wandb, or drop the flag") from error
+            raise UserError("--wandb: not installed; pip install wandb, or drop it") from error
         resume = "allow" if resume_step is not None else None
         name = self.folder.name
         return wandb.init(project=project, name=name, id=name, config=plain, resume=resume)

@@ -42,6 +42,7 @@ from worldloop.engine.policy.openvla_oft import (
     prompt_ids,
 )
 from worldloop.engine.policy.vision import normalise_frames
+from worldloop.engine.precision import device_of
 from worldloop.engine.sampler import derive_seed
 from worldloop.errors import UserError
 from worldloop.files import PathLike, atomic_write_bytes, atomic_write_text
@@ -276,6 +277,7 @@ class VLAPolicy(TokenPolicy):
         dtype: torch.dtype = torch.float32,
     ) -> VLAPolicy:
         """A folder that `save` wrote, a shipped name (``policy/pushcube``) or a hub id; strict."""
+        device = device_of(device)
         folder = resolve_pretrained(name)
         if not (folder / POLICY).is_file():
             raise UserError(

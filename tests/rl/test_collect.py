@@ -27,7 +27,7 @@ from worldloop.outcome import load_actions_only
 from worldloop.rl import collect as module
 from worldloop.rl.collect import CollectConfig, Collector, collect, wanted_outcome
 from worldloop.rl.envs.tasks import task_preset
-from worldloop.types import ActionSpec
+from worldloop.types import ActionSpec, Episode
 
 Array = npt.NDArray[np.float32]
 SIZE = 32
@@ -231,6 +231,25 @@ def test_a_finished_dataset_is_not_touched(flat: type[FlatWorld], tmp_path: Path
     assert len(collect(config(out, episodes=3))) == 4
     assert flat.made == 0  # the simulator takes seconds to start
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_shard_that_is_handed_over_twice_is_kept_once(
+    flat: type[FlatWorld], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after the dataset has the shard, before the collector knows."""
+    added = Collector.add
+
+    def add(self: Collector, shard: list[Episode]) -> int:
+        monkeypatch.setattr(Collector, "add", added)
+        added(self, shard)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Collector, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        collect(config(tmp_path / "data", episodes=8))
+    have = len(EpisodeDataset(tmp_path / "data"))
+    assert 0 < have < 8
+    check_whole(tmp_path / "data", have)
 
 
 def test_ctrl_c_keeps_what_is_finished(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop import cli
+from worldloop import cli, hub
 from worldloop.engine.policy.base import Observation
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
@@ -316,6 +316,8 @@ def test_bad_options_are_named(home, tmp_path, capsys):
         ({"arms": ("x",)}, "arms: 'x'; expected NAME=CHECKPOINT"),
         ({"arms": ("transfer=a",)}, "needs the unseen task's episodes: --transfer"),
         ({"novel": 1}, "novel is 1; expected 0, or 2 and more"),
+        ({"calibrate": True, "world": "tiny"}, "'tiny' is a shipped or downloaded one; copy it"),
+        ({"calibrate": True, "world": str(hub.WEIGHTS / "tiny")}, "a shipped or downloaded one"),
     ):
         with pytest.raises(UserError, match=message):
             config(home, tmp_path, **changes)
