@@ -18,12 +18,14 @@ from torch import Tensor
 
 from worldloop.kernels.op import Case, Op, define, require, tl, triton, uses_triton
 
+LEAST = -1e38  # log-probability of a bin that is masked out: 0 log 0 is 0
+
 
 def reference_action_logprobs(
     logits_NK: Tensor, tokens_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logp = torch.log_softmax(logits_NK.float() / temperature, -1)
-    entropy = -(logp.exp() * logp).sum(-1)
+    entropy = -(logp.exp() * logp.clamp_min(LEAST)).sum(-1)
     return logp.gather(-1, tokens_N[..., None])[..., 0], entropy
 
 
@@ -35,7 +37,7 @@ def reference_action_logprobs_backward(
     d_entropy_N: Tensor,
     temperature: float,
 ) -> Tensor:
-    logp = torch.log_softmax(logits_NK.float() / temperature, -1)
+    logp = torch.log_softmax(logits_NK.float() / temperature, -1).clamp_min(LEAST)
     p = logp.exp()
     grad = -p * (d_logprobs_N[:, None] + d_entropy_N[:, None] * (logp + entropy_N[:, None]))
     grad.scatter_add_(-1, tokens_N[:, None], d_logprobs_N[:, None])

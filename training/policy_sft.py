@@ -84,7 +84,7 @@ class Demonstrations:
 
     def __init__(self, data: EpisodeArrays, policy: VLAPolicy, rows: npt.NDArray[np.int64]) -> None:
         # An episode at a time: resampling all of them at once takes many times their memory.
-        each = [policy.pictures(np.asarray(data.frames[row])[:, None]) for row in rows]
+        each = [policy.pictures(np.asarray(data.frames[row])[:, None]).cpu() for row in rows]
         self.pictures = torch.stack(each)  # [N,T+1,1,S,S,3]
         self.tokens = torch.from_numpy(policy.to_tokens(data.actions[rows]))  # [N,T,A]
         self.instruction = data.instruction

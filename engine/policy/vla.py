@@ -180,7 +180,8 @@ class VLAPolicy(TokenPolicy):
     def pictures(self, frames_BVHW3: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """Camera frames to the towers' pictures, uint8 [B,V,S,S,3] (`images.prepare_frames`).
 
-        Frames of a world model may be a tensor on its device, and then stay there.
+        They are resampled where they are, or on the network's GPU: a host takes milliseconds a
+        frame. Only a JPEG round trip needs the host.
         """
         config, size = self.config, self.network_config.image_size
         if isinstance(frames_BVHW3, Tensor):
@@ -193,11 +194,13 @@ class VLAPolicy(TokenPolicy):
             flat = frames_BVHW3.flatten(0, 1)
             pictures = prepare_tensor(flat, size, rotate=config.rotate, crop=config.crop)
             return pictures.unflatten(0, views)
-        frames = np.asarray(frames_BVHW3)
+        frames = np.ascontiguousarray(frames_BVHW3)
         if frames.ndim != 5 or frames.dtype != np.uint8:
             raise UserError(
                 f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [B, V, H, W, 3]"
             )
+        if self.network.device.type == "cuda" and not config.jpeg:
+            return self.pictures(torch.from_numpy(frames).to(self.network.device))
         B, V = frames.shape[:2]
         prepared = prepare_frames(
             frames.reshape(B * V, *frames.shape[2:]),

@@ -59,7 +59,7 @@ def test_kernel_on_cuda(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", OPS)
 def test_cases_say_what_they_cost(name: str) -> None:
-    """Bytes are at least those of the inputs that are read whole and of the results."""
+    """Each operator has small and large cases, told apart by name, with bytes and tolerances."""
     op = load_op(name)
     assert op.name == name and len({case.name for case in op.cases}) == len(op.cases)
     assert any(case.large for case in op.cases) and any(not case.large for case in op.cases)
