@@ -249,13 +249,19 @@ def rows_section(title: str, name: str, document: Document, key: str) -> list[st
 
 
 def policy_section(name: str, document: Document) -> list[str]:
+    chain = ""
+    if "frames" in document:  # older files timed frames of the towers' own size
+        height, width = document["frames"]
+        chain = (
+            f", {number(document['ms_per_observation_with_image_chain'])} ms with the image chain "
+            f"from {height}x{width}"
+        )
     return [
         f"## Policy: `{document['preset']}`",
         "",
         f"[{name}](../bench/results/{name}): {where(document)}. Batch {document['batch']}, "
         f"{document['dtype']}: {number(document['ms_per_observation'])} ms an observation (p95 "
-        f"{number(document['ms_per_observation_p95'])}), "
-        f"{number(document['ms_per_observation_with_image_chain'])} ms with the image chain; "
+        f"{number(document['ms_per_observation_p95'])}){chain}; "
         f"{document['share_of_gemm_ceiling']:.0%} of the matrix-product ceiling.",
         "",
     ]
