@@ -29,7 +29,7 @@ from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.hub import WEIGHTS
-from worldloop.metrics import compare_rollout, fvd, lpips, outcome_alignment
+from worldloop.metrics import Comparison, compare_rollout, fvd, lpips, outcome_alignment
 from worldloop.rl.held_out import (
     HeldOut,
     actions_only,
@@ -48,6 +48,7 @@ from worldloop.rl.world_tables import (
     add,
     alignments,
     mean_of,
+    on_recorded,
     pictures,
     pooled,
     pose_errors,
@@ -189,10 +190,18 @@ class Evaluation:
             "fvd": video,
             "fvd_reason": no_fvd or None,
             **alignments(compared.visual, compared.reward),
+            **self.recorded(self.world, held_out, compared),
             "visual_alignment_reason": no_classifier or None,
             **guess,
             "frames_per_second": compared.psnr.size / measured.seconds,
         }
+
+    def recorded(
+        self, world: WorldModel, held_out: HeldOut, compared: Comparison
+    ) -> dict[str, Any]:
+        """The reward head on the frames that were recorded, beside those that were imagined."""
+        aligned = on_recorded(world, held_out, compared.psnr.shape[1])
+        return rate("reward_alignment_recorded", aligned)
 
     def steps_table(self) -> dict[str, Any]:
         """The same episodes in different numbers of denoising steps."""
@@ -228,12 +237,14 @@ class Evaluation:
         if self.transfer is None:
             return None
         rows: dict[str, Any] = {}
+        recorded: dict[str, Any] = {}  # of a start's last checkpoint
         for name, folder in (arm.split("=", 1) for arm in self.config.arms):
             if name in TRANSFER:
                 world = WorldModel.from_pretrained(folder)
                 found = [self.measure(self.transfer, world=world)]
                 rows.setdefault(name, []).append((folder, found))
-        made = {name: self._arm(runs) for name, runs in rows.items()}
+                recorded[name] = self.recorded(world, self.transfer, found[0].comparison)
+        made = {name: {**self._arm(runs), **recorded[name]} for name, runs in rows.items()}
         return {"task": self.transfer.env_id, "n": len(self.transfer.episodes), **made}
 
     def _arm(self, runs: Sequence[tuple[str, list[Measured]]]) -> dict[str, Any]:

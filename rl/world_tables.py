@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from worldloop.engine.world_model import WorldModel
-from worldloop.metrics import Alignment, Comparison
+from worldloop.metrics import Alignment, Comparison, held_success, outcome_alignment
 from worldloop.rl.held_out import HeldOut
 from worldloop.types import Rollout
 
@@ -65,6 +66,24 @@ def pose_errors(world: WorldModel, held_out: HeldOut, frames: int) -> dict[str, 
         off = 1000 * np.linalg.norm(poses(actions, start)[:, -1, :3] - true, axis=-1)
         rows[name] = {"median": float(np.median(off)), "p90": float(np.percentile(off, 90))}
     return {"pose_error_mm": rows}
+
+
+@torch.inference_mode()
+def on_recorded(world: WorldModel, held_out: HeldOut, frames: int) -> Alignment:
+    """Outcomes that the reward head reads from ``frames`` recorded frames, not from imagined ones.
+
+    What is wrong here is the head's fault, the rest of a reward alignment imagination's.
+    """
+    said, true = [], []
+    for episode in held_out.episodes:
+        threshold, held = world.config.success_rule(episode.instruction)
+        pixels = torch.from_numpy(np.array(episode.frames[: frames + 1])).to(world.device)
+        clip = pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        latents, _ = world.autoencoder.encode(clip)
+        reward = world.reward(latents[:, :, 1:])[0].cpu().numpy()
+        said.append(held_success((reward > threshold).astype(np.float32), held))
+        true.append(held_success(episode.reward[:frames], held))
+    return outcome_alignment(np.array(true), np.array(said))
 
 
 def rate(name: str, aligned: Alignment) -> dict[str, Any]:

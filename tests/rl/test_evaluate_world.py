@@ -23,7 +23,7 @@ from worldloop.rl import evaluate_world as module
 from worldloop.rl.evaluate_world import EvaluateWorldConfig, Evaluation
 from worldloop.rl.held_out import load_held_out
 from worldloop.rl.made_up import BOX, KINDS, REACH, Wander, made_up, novel_episodes
-from worldloop.rl.world_tables import thinned
+from worldloop.rl.world_tables import on_recorded, thinned
 from worldloop.types import ActionSpec, Episode
 
 SIZE, T, N = 32, 32, 14
@@ -133,12 +133,27 @@ def test_figures_are_those_of_a_plain_rollout(home, document):
     judge = OutcomeClassifier.load(home / "outcome")
     said = judge.success(rollout.frames[:, -1, 0])
     assert row["visual_alignment"] == (said == truth).mean()
+
     found = document[1]["calibration"]["PushCube-v1"]
     score = rollout.reward
     windows = np.lib.stride_tricks.sliding_window_view(score, found["held_frames"], 1)
     told = (windows.min(-1).max(-1) > found["threshold"]) == truth
     assert found["fitted_on_same"] == pytest.approx(told.mean())  # balanced: the same
     assert found["cross_fitted"] <= 1 and found["episodes"] == 10
+
+
+def test_the_reward_head_is_measured_on_recorded_frames_too(home, document):
+    """A head that reads the truth is right on them, whatever the world model imagines."""
+    world = WorldModel.from_pretrained(home / "world")
+    held_out = load_held_out(home / "PushCube-v1", None, world).balanced(10)
+    row = document[1]["tasks"]["PushCube-v1"]
+    assert 0 <= row["reward_alignment_recorded"] <= 1
+    assert row["reward_alignment_recorded_counts"] == on_recorded(world, held_out, T).to_dict()
+    truth = iter([e.reward for e in held_out.episodes])
+    world.reward.forward = lambda latents: torch.from_numpy(next(truth)[None, :T])
+    assert on_recorded(world, held_out, T).rate == 1
+    truth = iter([1 - e.reward.max() * np.ones(T, np.float32) for e in held_out.episodes])
+    assert on_recorded(world, held_out, T).rate == 0
 
 
 def test_arms_are_pooled_over_seeds_and_transfer_stands_apart(document):
