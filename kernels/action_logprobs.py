@@ -171,8 +171,9 @@ def action_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [...] in nats, fp32, of tokens under logits [...,K].
 
-    temperature: above 0. Differentiable with respect to the logits, on CUDA by its own backward
-    kernel (once: no second derivative there).
+    tokens: int64 in [0,K); one outside has no meaning (an error on a CPU, some number on CUDA,
+    where asking would stall the device). temperature: above 0. Differentiable with respect to the
+    logits, on CUDA by its own backward kernel (once: no second derivative there).
     """
     if uses_triton(logits_xK, differentiable=True):
         logprobs, entropy = _action_logprobs(
