@@ -102,6 +102,8 @@ def test_bad_input_is_named():
         positive(Config(repeats=0), "repeats")
     with pytest.raises(UserError, match="dtype is 'int4'"):
         timing.dtype_of("int4", CPU)
+    with pytest.raises(UserError, match="device is 'gpu'; expected auto, cpu, cuda or cuda:N"):
+        timing.device_of("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="sees no CUDA device"):
+        with pytest.raises(UserError, match="device is 'cuda', but .* sees no such device"):
             timing.device_of("cuda")
