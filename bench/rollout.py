@@ -123,8 +123,10 @@ class Bench:
             found[name] = {"arm": name, "batch": rows}
             try:
                 if name[0] == "C":
-                    streaming = streaming or Episodes(self.world, rows, history=True)
-                arms[name], warmed = self.arm(name, rows, streaming)
+                    episodes = streaming = streaming or Episodes(self.world, rows, history=True)
+                else:
+                    episodes = Episodes(self.plain, rows, history=False)
+                arms[name], warmed = self.arm(name, episodes)
                 found[name] |= warmed
             except torch.cuda.OutOfMemoryError:
                 pass  # cleaned up below: while it is handled, it holds the arm's tensors
@@ -147,17 +149,14 @@ class Bench:
             print(line_of(row), flush=True)
         return list(found.values())
 
-    def arm(self, name: str, rows: int, streaming: Episodes | None) -> tuple[Arm, dict[str, Any]]:
+    def arm(self, name: str, episodes: Episodes) -> tuple[Arm, dict[str, Any]]:
         """An arm that has run every shape, and what `warm` found."""
-        episodes = streaming
-        if episodes is None or name[0] != "C":
-            episodes = Episodes(self.plain, rows, history=False)
         world = self.plain if name[0] == "A" else self.world
         arm = Arm(name, world, self.networks.get(name, self.networks["A1"]), episodes)
         found = warm(arm, self.device)
         if name == "A2":
             two = self.networks["A2"], self.networks["A1"]
-            found["forward_against_a1"] = require_compiled_equal(world, *two, rows)
+            found["forward_against_a1"] = require_compiled_equal(world, *two, arm.rows)
         return arm, found
 
     def out_of_memory(self, row: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The record of a run: config.json, metrics.jsonl, TensorBoard, and progress on the screen."""
 
+import contextlib
 import json
 import math
 import os
@@ -39,11 +40,9 @@ def git_commit() -> str:
             ["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
             return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return f"worldloop {__version__}"
     return f"worldloop {__version__}"
 
 
