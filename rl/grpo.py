@@ -48,7 +48,7 @@ from worldloop.files import atomic_write_text, exclusive
 from worldloop.rl.advantage import group_advantages, mixed_groups
 from worldloop.rl.alarm import Alarm, AlarmConfig, last_trusted, stopped
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
-from worldloop.rl.starts import load_starts
+from worldloop.rl.starts import StartChooser, load_starts
 from worldloop.rollout_io import load_rollout, save_rollout
 from worldloop.track import Progress, Run
 from worldloop.types import Rollout, Starts
@@ -85,6 +85,9 @@ class GRPOConfig:
     accuracy_low: float = 0.1
     accuracy_high: float = 0.9
     """Mean success of a group that is trained on."""
+    likely_mixed: bool = False
+    """Draw starts by the chance that their group is mixed, from what was imagined of them
+    (`starts.StartChooser`), instead of uniformly."""
     rounds: int = 8
     """Most refill rounds a step; what is there by then is trained on."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -173,6 +176,10 @@ class GRPO:
                 "with --starts, or fewer with --evaluate-starts"
             )
         self.starts = starts.select(range(count - held))
+        self.chooser = StartChooser(
+            count - held, config.group_size, config.accuracy_low, config.accuracy_high,
+            mixed=config.likely_mixed,
+        )  # fmt: skip
         self.held_out = starts.select(range(count - held, count)) if held else None
 
     # ------------------------------------------------------------ rollouts
@@ -205,19 +212,16 @@ class GRPO:
         for round_ in range(config.rounds):
             seed = derive_seed(config.seed, step, round_)
             path = folder / f"round-{round_:02d}"
+            rows = self.chooser.draw(np.random.default_rng(seed), wanted)
             if (path / "rollout.json").is_file():
                 rollout = load_rollout(path)
             else:
-                rng = np.random.default_rng(seed)
-                rows = rng.choice(
-                    len(self.starts.instructions), wanted,
-                    replace=wanted > len(self.starts.instructions),
-                )  # fmt: skip
                 rollout = self.imagine(
                     self.starts.select(rows.tolist()), config.group_size, seed,
                     share_noise=config.share_noise, progress=progress,
                 )  # fmt: skip
                 save_rollout(rollout, path, video=False)
+            self.chooser.observe(rows, rollout.success.reshape(len(rows), config.group_size))
             for part, value in rollout.timings.items():
                 seconds[part] = seconds.get(part, 0.0) + value
             good = mixed_groups(
@@ -251,6 +255,7 @@ class GRPO:
                 f"too uniform (imagined success {found.success:.0%}: nearly every episode {what}); "
                 "give starts or a policy of middling difficulty, or widen accuracy_low/high"
             )
+        self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
         advantages = group_advantages(rollout.success, rollout.group_id)
         metrics = self.learner.update(
@@ -274,6 +279,16 @@ class GRPO:
             "seconds_sync": time.perf_counter() - learned,
             **{f"seconds_{part}": value for part, value in found.seconds.items()},
         }
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the step number."""
+        return {**self.learner.state(), "starts": self.chooser.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; raises where network or starts are others."""
+        self.learner.load_state(state)
+        if "starts" in state:  # runs from before there were choosers have none
+            self.chooser.load_state(state["starts"])
 
     def evaluate(self, video: Path | None = None) -> float:
         """Imagined success of the greedy policy from the held-out starts."""
@@ -366,7 +381,7 @@ def _train(config: GRPOConfig) -> Path:
             if alarm is not None and watched:
                 metrics |= alarm.check(step).row
             run.log(step, metrics)
-            save_training_state(config.out / "state", grpo.learner.state(), {"step": step}, keep=1)
+            save_training_state(config.out / "state", grpo.state(), {"step": step}, keep=1)
             # Only now: until the state is there, the step may have to be taken again.
             shutil.rmtree(rounds, ignore_errors=True)
             progress.update(
@@ -408,8 +423,8 @@ def make_actor(config: GRPOConfig) -> TokenPolicy | None:
 
 
 IMAGINED_BY = ("policy", "world", "starts", "groups", "group_size", "horizon", "temperature",
-               "coherence", "world_steps", "share_noise", "seed", "evaluate_starts", "precision",
-               "alarm")  # fmt: skip
+               "coherence", "world_steps", "share_noise", "likely_mixed", "accuracy_low",
+               "accuracy_high", "seed", "evaluate_starts", "precision", "alarm")  # fmt: skip
 
 
 def _forget_others(config: GRPOConfig, step: int) -> None:
@@ -429,7 +444,7 @@ def _resume(config: GRPOConfig, grpo: GRPO) -> int:
     if found is None:
         return 0
     state, meta = found
-    grpo.learner.load_state(state)
+    grpo.load_state(state)
     return int(meta["step"])
 
 

@@ -1,10 +1,14 @@
-"""Where imagined episodes begin: the first frames and poses of recorded ones."""
+"""Where imagined episodes begin: the first frames and poses of recorded ones, and which of them."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 import worldloop
 from worldloop.engine.world_model import WorldModel
@@ -13,6 +17,7 @@ from worldloop.errors import UserError
 from worldloop.types import Starts
 
 SHIPPED_EPISODES = Path(worldloop.__file__).parent / "data"
+FADE = 0.9  # of what is known of a start, from one step to the next: the policy changes
 
 
 def shipped_episodes() -> Path:
@@ -45,3 +50,66 @@ def load_starts(folder: Path | None, world: WorldModel, limit: int | None = None
         poses.append(episode.states[0])
         texts.append(episode.instruction)
     return Starts(np.stack(frames)[:, None, None], np.stack(poses), tuple(texts))
+
+
+class StartChooser:
+    """Draws the starts whose groups are likely to be mixed: the others are imagined for nothing.
+
+    What is known of a start's chance of success p is a Beta distribution: uniform at first, then
+    one count for every success and failure imagined from it, faded by `FADE` a step. A draw
+    (Thompson sampling) takes a p of each start and the starts where a group of ``group_size`` with
+    that p is likeliest to have its mean in [low, high]. A start never tried has a wide p and
+    comes early; one that failed or succeeded throughout comes back as its counts fade.
+    With ``mixed=False`` starts are drawn uniformly. Shape letters: N starts, G groups, M members.
+    """
+
+    def __init__(
+        self, count: int, group_size: int, low: float, high: float, *, mixed: bool = True
+    ) -> None:
+        wins = np.arange(group_size + 1)
+        means = wins / group_size
+        self.kept = wins[(means >= low - 1e-9) & (means <= high + 1e-9)]
+        self.group_size, self.mixed = group_size, mixed
+        self.counts_N2 = np.zeros((count, 2))  # successes, failures
+
+    def draw(self, rng: np.random.Generator, wanted: int) -> npt.NDArray[np.int64]:
+        """Rows [wanted] of the starts; a start comes twice only when there are fewer."""
+        count = len(self.counts_N2)
+        if not self.mixed:
+            return rng.choice(count, wanted, replace=wanted > count)
+        wins_N, losses_N = self.counts_N2.T
+        p_N = rng.beta(1 + wins_N, 1 + losses_N)
+        ties = rng.random(count)
+        order = np.lexsort((ties, -self.chance(p_N)))
+        return np.resize(order, wanted)
+
+    def chance(self, p_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Chance that a group is kept, where each of its episodes succeeds with chance p."""
+        size = self.group_size
+        return sum(
+            (math.comb(size, k) * p_N**k * (1 - p_N) ** (size - k) for k in self.kept.tolist()),
+            np.zeros_like(p_N),
+        )
+
+    def observe(self, rows_G: npt.NDArray[np.int64], success_GM: npt.NDArray[np.bool_]) -> None:
+        """Count what was imagined from these starts."""
+        wins = success_GM.sum(1)
+        np.add.at(self.counts_N2, rows_G, np.stack([wins, success_GM.shape[1] - wins], 1))
+
+    def fade(self) -> None:
+        """The policy has changed: what is known of it is worth less."""
+        self.counts_N2 *= FADE
+
+    def state(self) -> dict[str, Any]:
+        """For `save_training_state`."""
+        return {"counts": torch.from_numpy(self.counts_N2)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; raises UserError where it is of another number of starts."""
+        counts = state["counts"].numpy()
+        if counts.shape != self.counts_N2.shape:
+            raise UserError(
+                f"the run to resume had {len(counts)} start frames, now there are "
+                f"{len(self.counts_N2)}; give the same --starts"
+            )
+        self.counts_N2 = counts.copy()

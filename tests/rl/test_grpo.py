@@ -152,8 +152,11 @@ def test_refill_rounds_go_on_until_there_are_enough(
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a refill round"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(at_home, monkeypatch, where):
-    options = {"groups": 4, "accuracy_low": 0.2, "accuracy_high": 0.8, "rounds": 20}
+@pytest.mark.parametrize("likely", [False, True])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(at_home, monkeypatch, where, likely):
+    options = {
+        "groups": 4, "accuracy_low": 0.2, "accuracy_high": 0.8, "rounds": 20, "likely_mixed": likely
+    }  # fmt: skip
     whole = train(config_of(at_home, **options, out=at_home / "whole"))
     config = config_of(at_home, **options)
     if where == "between steps":

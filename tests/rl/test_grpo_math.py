@@ -10,6 +10,7 @@ from worldloop.errors import UserError
 from worldloop.rl.advantage import group_advantages, mixed_groups
 from worldloop.rl.learner import gap_metrics
 from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
+from worldloop.rl.starts import StartChooser
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -116,3 +117,45 @@ def test_the_gap_counts_valid_tokens_only():
     again = np.array([[[0.1, 0.3], [0, 0], [9, 9]]], np.float32)
     gap = gap_metrics(sampled, again, np.array([[True, True, False]]))
     assert gap == {"gap_mean": pytest.approx(0.1), "gap_max": pytest.approx(0.3)}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.9), (0.25, 0.75)])
+def test_the_chance_of_a_mixed_group_is_the_share_of_many_drawn_ones(low, high):
+    rng, p = np.random.default_rng(0), np.array([0.0, 0.03, 0.2, 0.5, 0.9, 1.0])
+    means = (rng.random((100_000, 6, 8)) < p[:, None]).mean(2)
+    drawn = ((means >= low) & (means <= high)).mean(0)
+    np.testing.assert_allclose(StartChooser(6, 8, low, high).chance(p), drawn, atol=0.008)
+
+
+def test_likely_starts_are_mixed_more_often_than_uniform_ones_and_none_is_forgotten():
+    yields = []
+    for mixed in (False, True):
+        rng = np.random.default_rng(1)
+        p = np.where(np.arange(60) < 36, 0.0, rng.uniform(0.2, 0.8, 60))  # 36 of 60 are hopeless
+        chooser, kept, last = StartChooser(60, 8, 0.1, 0.9, mixed=mixed), 0, np.zeros(60, int)
+        for step in range(60):
+            rows = chooser.draw(rng, 10)
+            assert len(set(rows)) == 10
+            success = rng.random((10, 8)) < p[rows, None]
+            kept += len(mixed_groups(success.ravel(), np.arange(10).repeat(8), 0.1, 0.9))
+            chooser.observe(rows, success)
+            chooser.fade()
+            last[rows] = step
+        yields.append(kept / 600)
+        assert last.min() >= 20, "the policy learns: a hopeless start is tried again"
+    assert yields[0] == pytest.approx(0.4 * 0.97, abs=0.05)
+    assert yields[1] > yields[0] + 0.25
+
+
+def test_more_groups_than_starts_take_all_of_them_equally_often():
+    for mixed in (False, True):
+        rows = StartChooser(4, 8, 0.1, 0.9, mixed=mixed).draw(np.random.default_rng(0), 12)
+        assert len(rows) == 12 and set(rows) <= set(range(4))
+        if mixed:
+            assert np.bincount(rows).tolist() == [3, 3, 3, 3]
+
+
+def test_counts_of_other_starts_are_refused():
+    state = StartChooser(4, 8, 0.1, 0.9).state()
+    with pytest.raises(UserError, match="had 4 start frames, now there are 5"):
+        StartChooser(5, 8, 0.1, 0.9).load_state(state)
