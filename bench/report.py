@@ -59,6 +59,11 @@ def where(document: Document) -> str:
 
 # speed.md ----------------------------------------------------------------------------------------
 
+FLOOR = (
+    "*Floor: the operator's least bytes or FLOPs at the copy or product rate of this run. Above "
+    "100 %: the case fits into caches. Implementation `reference` is plain torch, what a CPU runs.*"
+)
+
 SPEED = """# Speed
 
 Made by `worldloop bench report` from the files in [bench/results](../bench/results). No figure here
@@ -240,6 +245,7 @@ def rows_section(title: str, name: str, document: Document, key: str) -> list[st
         "",
         *table([*labels, *(h for h, _ in shown)], body),
         "",
+        *([FLOOR, ""] if "share_of_floor" in first else []),
         *(
             f"**Wrong, so not timed**: {', '.join(str(row[k]) for k in labels)}: error "
             f"{row['error']:.1e}, at most {row['tolerance']:.1e}.\n"

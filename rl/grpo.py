@@ -2,8 +2,9 @@
 
 The algorithm, after SimpleVLA-RL. One step:
 
-    1. draw start frames; imagine ``group_size`` episodes from each (`RolloutEngine`); success is
-       the thresholded reward of the world model; an episode ends where it succeeds
+    1. draw start frames (`StartChooser`); imagine ``group_size`` episodes from each
+       (`RolloutEngine`); success is the thresholded reward of the world model; an episode ends
+       where it succeeds
     2. keep the groups that are neither all failure nor all success (mean in [0.1, 0.9]); imagine
        more starts until there are enough (refill: nothing is trained on masked groups)
     3. advantage = (success - group mean) / (group deviation + 1e-6), the same for all its tokens
@@ -11,7 +12,8 @@ The algorithm, after SimpleVLA-RL. One step:
        no KL term, no entropy term, no value function
 
 Departures from SimpleVLA-RL: success is a number, not 5 times it (the factor cancels); the frames
-of rollouts are kept as uint8; the surplus of a refill round is trained on instead of thrown away.
+of rollouts are kept as uint8; the surplus of a refill round is trained on instead of thrown away;
+with ``likely_mixed`` the starts are not drawn uniformly.
 
 Every random draw follows from (seed, step, round), finished refill rounds are on disk, and the
 learner's state is saved at each step: a killed run goes on where it was.

@@ -43,7 +43,7 @@ class FineTune:
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What every round of a loop does."""
+    """What every round of a loop does; the defaults are preset `tiny`."""
 
     true: TrueEnv = field(default_factory=lambda: TrueEnv("PushCube-v1"))
     recorded: bool = False
@@ -68,7 +68,10 @@ class RoundConfig:
     """Simulator seed of the first of them; from 3000000 on no training has seen any."""
     seed: int = 0
     fine_tune: FineTune = field(default_factory=FineTune)
-    grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(out=Path("grpo")))
+    grpo: GRPOConfig = replace(
+        TINY, out=Path("grpo"), groups=12, evaluate_every=0, keep_every=5,
+        alarm=AlarmConfig(every=5, episodes=32),
+    )  # fmt: skip
     """Of GRPO; its out, policy, world, starts, seed and where its alarm looks are the loop's."""
     processes: int = 1
     """Simulators side by side."""
@@ -96,15 +99,10 @@ class RoundConfig:
         return text_sha256({k: v for k, v in values.items() if k not in OPERATION})
 
 
-_TINY_GRPO = replace(
-    TINY, out=Path("grpo"), groups=12, evaluate_every=0, keep_every=5,
-    alarm=AlarmConfig(every=5, episodes=32),
-)  # fmt: skip
-
 PRESETS: dict[str, tuple[str, RoundConfig]] = {
     "tiny": (
         "the shipped tiny models on two CPU cores, PushCube",
-        RoundConfig(grpo=_TINY_GRPO),
+        RoundConfig(),
     ),
     "smoke": (
         "the same in a few minutes, to see every stage once",
@@ -112,7 +110,7 @@ PRESETS: dict[str, tuple[str, RoundConfig]] = {
             episodes=8, evaluations=8,
             fine_tune=FineTune(steps=4, batch=2, held_out=2, save_every=2, arm_steps=0),
             grpo=replace(
-                _TINY_GRPO, steps=2, groups=2, rounds=2, accuracy_low=0.0, accuracy_high=1.0,
+                RoundConfig.grpo, steps=2, groups=2, rounds=2, accuracy_low=0.0, accuracy_high=1.0,
                 keep_every=1, alarm=AlarmConfig(every=2, episodes=4),
             ),
         ),

@@ -123,6 +123,8 @@ def test_status_names_success_time_frames_and_what_is_next(finished, capsys):
 
 def test_the_facade_and_presets():
     assert worldloop.Loop is Loop and worldloop.RoundConfig is RoundConfig
+    assert PRESETS["tiny"][1] == RoundConfig(), "a bare config is the tiny loop"
+    assert RoundConfig().grpo.alarm.every > 0, "and has its alarm"
     for _, config in PRESETS.values():
         assert config.grpo.alarm.every > 0 and config.true.env == "PushCube-v1"
 
