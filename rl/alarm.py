@@ -104,6 +104,8 @@ class Check:
             "alarm_false_share_low": None if np.isnan(self.ci95[0]) else self.ci95[0],
             "alarm_dropped": self.dropped,
         }
+        if self.disagreement is not None:
+            found["alarm_disagreement"] = self.disagreement
         return found
 
 
@@ -193,7 +195,7 @@ class Alarm:
                 wrong = success != bool(imagined.success[i])
                 if wrong:
                     parted.append(episode)
-                # The last places are for episodes that came true.
+                # The last places are for episodes that parted.
                 if videos < config.videos - (0 if wrong else config.videos // 2):
                     threshold, _ = self.world.config.success_rule(episode.instruction)
                     pair = plain_pair(i, episode, imagined, i, success, threshold)

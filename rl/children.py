@@ -89,12 +89,14 @@ class Children:
         """The results (or `Dropped`) in the order of the items.
 
         Raises UserError as a child raised it (no simulator here, unfit policy), and when
-        `IN_A_ROW` items after one another had to be dropped.
+        `IN_A_ROW` items after one another had to be dropped. Dropped ones are told when a later
+        item has succeeded, or at the end: those of a simulator that is broken are not lost.
         """
         results: dict[int, Any] = {}
         tried = [0] * len(items)
         waiting = list(range(len(items)))[::-1]
-        given, in_a_row = 0, 0
+        given = 0
+        dropped: list[Dropped] = []  # since the last success
         while given < len(items):
             for child in self.children[:]:
                 if child.number < 0 and waiting:
@@ -115,13 +117,18 @@ class Children:
             while given in results:
                 result = results.pop(given)
                 given += 1
-                in_a_row = in_a_row + 1 if isinstance(result, Dropped) else 0
-                if in_a_row >= IN_A_ROW:
-                    raise UserError(
-                        f"simulator or policy failed {in_a_row} episodes in a row, each of them "
-                        f"{self.tries} times; the last: {result.reason}"
-                    )
+                if isinstance(result, Dropped):
+                    dropped.append(result)
+                    if len(dropped) >= IN_A_ROW:
+                        raise UserError(
+                            f"simulator or policy failed {len(dropped)} episodes in a row, each of "
+                            f"them {self.tries} times; the last: {result.reason}"
+                        )
+                    continue
+                yield from dropped
+                dropped = []
                 yield result
+        yield from dropped
 
     def _give(self, child: _Child, waiting: list[int], items: Sequence[Any]) -> None:
         number = waiting.pop()

@@ -35,24 +35,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloop.checkpoint import load_training_state, save_training_state
+from worldloop.checkpoint import load_training_state, resolve_pretrained, save_training_state
 from worldloop.cli import parse_config
 from worldloop.config import config_to_dict, positive
 from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
-from worldloop.engine.precision import PRECISIONS, autocast, takes_bf16
+from worldloop.engine.precision import PRECISIONS, autocast, device_of, takes_bf16
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
+from worldloop.ledger import checkpoint_sha256
 from worldloop.rl.advantage import group_advantages, mixed_groups
 from worldloop.rl.alarm import Alarm, AlarmConfig, last_trusted, stopped
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
-from worldloop.rl.starts import StartChooser, load_starts
+from worldloop.rl.starts import StartChooser, load_starts, starts_sha256
 from worldloop.rollout_io import load_rollout, save_rollout
-from worldloop.track import Progress, Run
+from worldloop.track import Run
 from worldloop.types import Rollout, Starts
 
 
@@ -66,6 +67,8 @@ class GRPOConfig:
     actor: str = "inprocess"
     """Where rollouts sample: "inprocess" (the learner's own weights), "vllm" (an engine in this
     process), or the address of `worldloop serve policy`. Weights are sent after every step."""
+    actor_memory: float = 0.3
+    """Share of the GPU's memory for actor vllm, beside world model and learner."""
     world: str = "tiny"
     """Shipped preset, checkpoint folder or hub id of the world model."""
     starts: Path | None = None
@@ -168,7 +171,7 @@ class GRPO:
         self.actor = actor or policy
         self.actor.coherence = config.coherence
         self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
-        self.precision = autocast(torch.device(config.device), config.precision)
+        self.precision = autocast(device_of(config.device), config.precision)
         self.learner = Learner(policy, config.learner, self.precision)
         count = len(starts.instructions)
         held = config.evaluate_starts if config.evaluate_every else 0
@@ -203,7 +206,7 @@ class GRPO:
             )  # fmt: skip
         return replace(rollout, policy_version=self.learner.policy.version)
 
-    def collect(self, step: int, folder: Path, progress: Progress | None = None) -> Collected:
+    def collect(self, step: int, folder: Path) -> Collected:
         """Refill rounds until there are enough mixed groups; each is kept in ``folder``."""
         config = self.config
         kept: list[Rollout] = []
@@ -220,7 +223,7 @@ class GRPO:
             else:
                 rollout = self.imagine(
                     self.starts.select(rows.tolist()), config.group_size, seed,
-                    share_noise=config.share_noise, progress=progress,
+                    share_noise=config.share_noise,
                 )  # fmt: skip
                 save_rollout(rollout, path, video=False)
             self.chooser.observe(rows, rollout.success.reshape(len(rows), config.group_size))
@@ -243,10 +246,10 @@ class GRPO:
         rate = successes / (tried * config.group_size)
         return Collected(kept, tried, mixed, rate, frames, seconds)
 
-    def step(self, step: int, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    def step(self, step: int, folder: Path) -> dict[str, Any]:
         """One iteration; metrics. Raises UserError when no group was mixed in any round."""
         begun = time.perf_counter()
-        found = self.collect(step, folder, progress)
+        found = self.collect(step, folder)
         imagined = time.perf_counter()
         if not found.rollouts and step > 0 and found.success > 0.5:
             raise Saturated(f"step {step}: {found.success:.0%} imagined success, no mixed group")
@@ -284,13 +287,16 @@ class GRPO:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the step number."""
-        return {**self.learner.state(), "starts": self.chooser.state()}
+        counts = {starts_sha256(self.starts): torch.from_numpy(self.chooser.counts_N2)}
+        return {**self.learner.state(), "start_counts": counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; raises where network or starts are others."""
+        """The inverse of `state`; what was counted of other starts is left. Raises where the
+        network is another one."""
         self.learner.load_state(state)
-        if "starts" in state:  # runs from before there were choosers have none
-            self.chooser.load_state(state["starts"])
+        counts = state.get("start_counts", {}).get(starts_sha256(self.starts))
+        if counts is not None:
+            self.chooser.counts_N2 = counts.numpy().copy()
 
     def evaluate(self, video: Path | None = None) -> float:
         """Imagined success of the greedy policy from the held-out starts."""
@@ -338,19 +344,19 @@ def train(config: GRPOConfig) -> Path:
 def _train(config: GRPOConfig) -> Path:
     torch.set_num_threads(config.threads)
     # On a GPU the weights themselves are of that precision: kernels and graphs want no autocast.
-    device = torch.device(config.device)
+    device = device_of(config.device)
     half = device.type == "cuda" and takes_bf16(device, config.precision)
     dtype = torch.bfloat16 if half else torch.float32
-    world = WorldModel.from_pretrained(config.world, device=config.device, dtype=dtype)
+    world = WorldModel.from_pretrained(config.world, device=device, dtype=dtype)
     if config.backend != "eager":
         world = wrap_world(world, config.backend, attention="auto")
     policy = VLAPolicy.from_pretrained(
-        config.policy, temperature=config.temperature, device=config.device
+        config.policy, temperature=config.temperature, device=device
     )
-    actor = make_actor(config)
+    actor = make_actor(config, dtype)
     grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)
-    _forget_others(config, step)
+    _forget_others(config, grpo, step)
     grpo.send_weights()
     alarm = make_alarm(config, grpo)
     run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
@@ -415,24 +421,34 @@ def make_alarm(config: GRPOConfig, grpo: GRPO) -> Alarm | None:
     )  # fmt: skip
 
 
-def make_actor(config: GRPOConfig) -> TokenPolicy | None:
+def make_actor(config: GRPOConfig, dtype: torch.dtype) -> TokenPolicy | None:
     """The policy that samples, where that is not the learner's own."""
     if config.actor == "inprocess":
         return None
     if config.actor == "vllm":
-        return VLLMPolicy(config.policy, temperature=config.temperature)
+        return VLLMPolicy(
+            config.policy, temperature=config.temperature, dtype=dtype,
+            gpu_memory_utilization=config.actor_memory,
+        )  # fmt: skip
     return HTTPPolicy(config.actor, temperature=config.temperature)
 
 
-IMAGINED_BY = ("policy", "world", "starts", "groups", "group_size", "horizon", "temperature",
-               "coherence", "world_steps", "share_noise", "likely_mixed", "accuracy_low",
-               "accuracy_high", "seed", "evaluate_starts", "precision", "alarm")  # fmt: skip
+IMAGINED_BY = ("groups", "group_size", "horizon", "temperature", "coherence", "world_steps",
+               "share_noise", "likely_mixed", "accuracy_low", "accuracy_high", "seed", "precision",
+               "alarm")  # fmt: skip
 
 
-def _forget_others(config: GRPOConfig, step: int) -> None:
-    """Drop refill rounds, and before step 1 the alarm's first check, that other settings left."""
+def _forget_others(config: GRPOConfig, grpo: GRPO, step: int) -> None:
+    """Drop refill rounds, and before step 1 the alarm's first check, that other settings, weights
+    or starts left."""
     plain = config_to_dict(config)
-    made_by = json.dumps({name: plain[name] for name in IMAGINED_BY}, indent=2) + "\n"
+    facts = {
+        **{name: plain[name] for name in IMAGINED_BY},
+        "policy": checkpoint_sha256(resolve_pretrained(config.policy)),
+        "world": checkpoint_sha256(resolve_pretrained(config.world)),
+        "starts": starts_sha256(grpo.starts),
+    }
+    made_by = json.dumps(facts, indent=2) + "\n"
     path = config.out / "imagined_by.json"
     if path.is_file() and path.read_text() != made_by:
         shutil.rmtree(config.out / "rollouts", ignore_errors=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,25 @@ def run_job(argv: Sequence[Any], log: Path, processes: int = 1) -> None:
             for environment in _environments(processes)
         ]  # fmt: skip
         try:
-            codes = [rank.wait() for rank in ranks]
+            code = _first_failure(ranks)
         finally:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.terminate()
-    for code in codes:
-        if code:
-            raise UserError(f"{_reason(log, begun, code)} (log: {log})")
+    if code:
+        raise UserError(f"{_reason(log, begun, code)} (log: {log})")
+
+
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; the code of the first that fails, at once: the others would wait for it."""
+    if len(ranks) == 1:
+        return ranks[0].wait()
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            return failed[0] if failed else 0
+        time.sleep(0.2)
 
 
 def _environments(processes: int) -> list[dict[str, str]]:

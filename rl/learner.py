@@ -165,8 +165,6 @@ class Learner:
         rng = np.random.default_rng(seed)
         sums: dict[str, float] = {}
         largest, optimizer_steps = 0.0, 0
-        if not gap:  # from the first mini-batch, whose weights are the sampler's
-            gap = {"gap_mean": 0.0, "gap_max": 0.0}
         for _ in range(config.epochs):
             order = rng.permutation(len(e.tokens))
             # As even as can be: a step is as long however few episodes its gradient is of.
@@ -175,15 +173,12 @@ class Learner:
                 weights = np.zeros(e.valid.shape, np.float32)
                 weights[rows] = trajectory_weights(e.valid[rows], e.tokens.shape[-1])
                 self.optimizer.zero_grad()
-                for part in self._micro_batches(self._decisions(e, rows)):
-                    found = self._accumulate(e, part, old, weights)
-                    largest = max(largest, found.pop("ratio_max"))
-                    gap_mean, gap_max = found.pop("gap_mean"), found.pop("gap_max")
-                    if optimizer_steps == 0 and config.old_logprobs == "rollout":
-                        gap["gap_mean"] += gap_mean
-                        gap["gap_max"] = max(gap["gap_max"], gap_max)
-                    for name, value in found.items():
-                        sums[name] = sums.get(name, 0.0) + value
+                found = self._accumulate(e, rows, old, weights)
+                largest = max(largest, found.pop("ratio_max"))
+                seen = {name: found.pop(name) for name in ("gap_mean", "gap_max")}
+                gap = gap or seen  # of the first mini-batch, whose weights are the sampler's
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
                 norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
                 if not np.isfinite(norm):
                     raise UserError(
@@ -201,28 +196,35 @@ class Learner:
         return {**means, "ratio_max": largest, "optimizer_steps": optimizer_steps, **gap}
 
     def _accumulate(
-        self, e: Experience, part: npt.NDArray[np.int64], old: Floats, weights: Floats
+        self, e: Experience, rows: npt.NDArray[np.int64], old: Floats, weights: Floats
     ) -> dict[str, float]:
-        """Add one micro-batch's gradient; its share of the metrics, which are weighted like it."""
-        logprobs, entropy = self._forward(e, part)
-        device = logprobs.device
-        weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
-        advantage = torch.from_numpy(e.advantages[part[:, 0]]).to(device)[:, None, None]
-        before = torch.from_numpy(self._chunks(old, part)).to(device)
-        losses, facts = token_loss(logprobs.float(), before, advantage, self.config.clip)
-        loss = (losses * weight).sum()
-        loss.backward()
-        weight = weight.expand_as(losses)
-        gap = (logprobs.detach().float() - before).abs()
-        return {
-            "gap_mean": float((gap * weight).sum()),
-            "gap_max": float(gap[weight > 0].max()),
-            "loss": float(loss.detach()),
-            "entropy": float((entropy.detach() * weight).sum()),
-            "ratio": float((facts["ratio"] * weight).sum()),
-            "clip_fraction": float((facts["clipped"] * weight).sum()),
-            "ratio_max": float(facts["ratio"][weight > 0].max()),
-        }
+        """The gradient of a mini-batch, and its metrics, which are weighted like it.
+
+        Metrics stay on the device until the last micro-batch: reading one would make the host wait.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        largest: dict[str, torch.Tensor] = {}
+        for part in self._micro_batches(self._decisions(e, rows)):
+            logprobs, entropy = self._forward(e, part)
+            device = logprobs.device
+            weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
+            advantage = torch.from_numpy(e.advantages[part[:, 0]]).to(device)[:, None, None]
+            before = torch.from_numpy(self._chunks(old, part)).to(device)
+            losses, facts = token_loss(logprobs.float(), before, advantage, self.config.clip)
+            loss = (losses * weight).sum()
+            loss.backward()
+            with torch.no_grad():
+                gap, ratio = (logprobs.float() - before).abs(), facts["ratio"]
+                for name, value in (
+                    ("loss", losses), ("entropy", entropy), ("ratio", ratio),
+                    ("clip_fraction", facts["clipped"]), ("gap_mean", gap),
+                ):  # fmt: skip
+                    here = (value * weight).sum()
+                    sums[name] = sums[name] + here if name in sums else here
+                for name, value in (("ratio_max", ratio), ("gap_max", gap)):
+                    here = torch.where(weight > 0, value, 0).amax()
+                    largest[name] = here.maximum(largest[name]) if name in largest else here
+        return {name: float(value) for name, value in {**sums, **largest}.items()}
 
     def learning_rate(self, done: float) -> float:
         """Of the next optimizer step, at this share of the run: warm-up, constant, cool-down."""

@@ -165,10 +165,9 @@ class Loop:
         for path in config.data:
             require_truth(true, path, config.grpo.horizon)
             dataset = EpisodeDataset(path)
-            for name in ("horizon", "image_size"):
-                here, there = getattr(true, name), getattr(dataset.meta, name)
-                if here != there:
-                    raise UserError(f"{path}: its {name} is {there}; give true.{name} {there}")
+            there = dataset.meta.horizon
+            if true.horizon != there:
+                raise UserError(f"{path}: its horizon is {there}; give true.horizon {there}")
             if any(seed in seen for seed in dataset.sim_seeds if seed is not None):
                 raise UserError(
                     f"{path}: holds start states of the evaluation (seeds {seen.start} to "

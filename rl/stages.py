@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from worldloop.calibration import RewardFit, crossfit_alignment, fit_reward
 from worldloop.config import config_to_dict, read_json
-from worldloop.engine.precision import autocast
+from worldloop.engine.precision import autocast, device_of
 from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
 from worldloop.labels import read_labels
-from worldloop.ledger import path_sha256
+from worldloop.ledger import path_sha256, text_sha256
 from worldloop.merge import merge_datasets
 from worldloop.metrics import held_success, outcome_alignment, wilson_interval
 from worldloop.rl.alarm import check_steps, load_check
@@ -175,7 +174,7 @@ def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any
     real = load_held_out(episodes, None, world, least=1, frames=False)
     real = real.first(len(real.episodes), grpo.horizon)
     true = np.array([held_success(e.reward, config.true.held_frames) for e in real.episodes])
-    with autocast(torch.device(grpo.device), grpo.precision):
+    with autocast(device_of(grpo.device), grpo.precision):
         rollout, _ = imagine(
             world, real, real.actions, grpo.world_steps, config.seed, max_batch=grpo.max_batch,
             decode="none",
@@ -267,7 +266,8 @@ def _entered(at: Path, r: int, policy: Path) -> dict[str, Any]:
 
 def _measured(config: RoundConfig, at: Path, policy: Path) -> dict[str, Any]:
     setting = Evaluating(str(policy), config.evaluation_seed, config.seed, config.grpo.horizon)
-    results = Tally(at / "evaluate/results.json", every=SHARD)
+    made_by = text_sha256([config_to_dict(setting), config_to_dict(config.true)])[:8]
+    results = Tally(at / f"evaluate/results-{made_by}.json", every=SHARD)
     count = config.evaluations
     left = [i for i in range(count) if str(i) not in results.rows]
     play = partial(measure, config.true, setting)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 import worldloop
 from worldloop.engine.world_model import WorldModel
@@ -50,6 +49,15 @@ def load_starts(folder: Path | None, world: WorldModel, limit: int | None = None
         poses.append(episode.states[0])
         texts.append(episode.instruction)
     return Starts(np.stack(frames)[:, None, None], np.stack(poses), tuple(texts))
+
+
+def starts_sha256(starts: Starts) -> str:
+    """Of pictures, poses and instructions: whether they are the same starts."""
+    digest = hashlib.sha256()
+    for array in (starts.frames, starts.poses):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update("\n".join(starts.instructions).encode())
+    return digest.hexdigest()
 
 
 class StartChooser:
@@ -99,17 +107,3 @@ class StartChooser:
     def fade(self) -> None:
         """The policy has changed: what is known of it is worth less."""
         self.counts_N2 *= FADE
-
-    def state(self) -> dict[str, Any]:
-        """For `save_training_state`."""
-        return {"counts": torch.from_numpy(self.counts_N2)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; raises UserError where it is of another number of starts."""
-        counts = state["counts"].numpy()
-        if counts.shape != self.counts_N2.shape:
-            raise UserError(
-                f"the run to resume had {len(counts)} start frames, now there are "
-                f"{len(self.counts_N2)}; give the same --starts"
-            )
-        self.counts_N2 = counts.copy()

@@ -20,6 +20,7 @@ from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta, EpisodeDataset
 from worldloop.errors import UserError
+from worldloop.metrics import held_steps
 from worldloop.registry import load
 from worldloop.rl.collect import policy_episode
 from worldloop.rl.envs.simulators import make_simulator
@@ -81,11 +82,16 @@ def require_truth(true: TrueEnv, dataset: Path, horizon: int) -> None:
             f"horizon is {horizon}, but the true environment's is {true.horizon}; "
             f"give true.horizon {horizon} or more"
         )
-    task = EpisodeDataset(dataset).meta.env_id
-    if true.simulated and true.env != task:
+    meta = EpisodeDataset(dataset).meta
+    if true.simulated and true.env != meta.env_id:
         raise UserError(
-            f"{dataset}: its episodes are of {task}, the true environment is {true.env}; "
-            f"give true.env {task}, or starts of that task"
+            f"{dataset}: its episodes are of {meta.env_id}, the true environment is {true.env}; "
+            f"give true.env {meta.env_id}, or starts of that task"
+        )
+    if true.simulated and true.image_size != meta.image_size:
+        raise UserError(
+            f"{dataset}: its image_size is {meta.image_size}; give true.image_size "
+            f"{meta.image_size}"
         )
 
 
@@ -231,10 +237,5 @@ def measure(true: TrueEnv, config: Evaluating, number: int) -> Evaluation:
     episode = recorder(true).play(_policy(config.policy, 0.0, true.device), start, None, {})
     held = held_steps(episode.reward[: config.horizon], true.held_frames)
     steps = config.horizon if held is None else held
-    return Evaluation((start,), np.array([held is not None]), np.array([steps]), steps, 0.0)
-
-
-def held_steps(reward_T: npt.NDArray[np.float32], frames: int) -> int | None:
-    """Control steps until the success flag has stayed up for that many frames; None: never."""
-    held = np.convolve(reward_T > 0.5, np.ones(frames), "full")[: len(reward_T)] >= frames
-    return int(held.argmax()) + 1 if held.any() else None
+    played = len(episode.actions)  # to the environment's own horizon, whatever came of it
+    return Evaluation((start,), np.array([held is not None]), np.array([steps]), played, 0.0)

@@ -139,11 +139,12 @@ def training_loss(
     chunks = (z.shape[2] - 1) // each
     total = z.new_zeros(())
     flows, rewards = [], []
-    for k in range(chunks):
+    # All at once: a copy for each chunk would make the host wait for the chunk before.
+    times_KB = torch.stack([sample_times(config, B) for _ in range(chunks)]).to(device)
+    for k, t in enumerate(times_KB):
         frames = slice(1 + k * each, 1 + (k + 1) * each)
         poses = batch.poses[:, k * chunk : (k + 1) * chunk]
         x0 = z[:, :, frames]
-        t = sample_times(config, B).to(device)
         noise = torch.randn_like(x0)
         x_t = add_noise(x0, noise, t[:, None].expand(-1, each))
         out = dit(

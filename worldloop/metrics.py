@@ -253,7 +253,14 @@ def outcome_alignment(true_B: Bool, predicted_B: Bool) -> Alignment:
 
 def held_success(reward_T: npt.NDArray[np.floating[Any]], frames: int) -> bool:
     """Whether a recorded success flag [T] stays up for that many frames somewhere."""
-    return bool((np.convolve(reward_T > 0.5, np.ones(frames), "valid") >= frames).any())
+    return held_steps(reward_T, frames) is not None
+
+
+def held_steps(reward_T: npt.NDArray[np.floating[Any]], frames: int) -> int | None:
+    """Control steps until a recorded success flag [T] has stayed up for that many frames; None:
+    it never does."""
+    held = np.convolve(reward_T > 0.5, np.ones(frames), "full")[: len(reward_T)] >= frames
+    return int(held.argmax()) + 1 if held.any() else None
 
 
 def wilson_interval(right: float, count: float, z: float = 1.959964) -> tuple[float, float]:

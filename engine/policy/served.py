@@ -66,7 +66,8 @@ class LocalPolicy(VLAPolicy):
 
     def check_prompts(self, instructions: Sequence[str]) -> None:
         """Raise UserError for an instruction that cannot be answered."""
-        self.prompts(instructions)
+        for text in instructions:  # not `prompts`: a copy to the device would wait for its work
+            self._prompt(text)
 
     def update_weights(self, weights: Weights, version: int | None = None) -> int:
         """New weights, whole and strict; returns the new version. UserError leaves the old ones."""
@@ -174,7 +175,11 @@ class VLLMPolicy(TokenPolicy):
 
 
 class HTTPPolicy(TokenPolicy):
-    """A policy behind `worldloop serve policy`. `version` is that of the latest answer."""
+    """A policy behind `worldloop serve policy`. `version` is that of the latest answer.
+
+    Once weights were sent, only answers of those weights are taken: a server that was started
+    anew, or that another learner sends to, is a PolicyServerError.
+    """
 
     def __init__(
         self,
@@ -210,6 +215,7 @@ class HTTPPolicy(TokenPolicy):
             temperature,
         )
         self.version = int(facts["version"])
+        self._sent: int | None = None
 
     def logits(self, frames_BVHW3: npt.NDArray[np.uint8], instructions: Sequence[str]) -> Tensor:
         """Float32 logits [B,N,256]; more rows than one request takes go in several."""
@@ -238,6 +244,11 @@ class HTTPPolicy(TokenPolicy):
                 "it serves another policy now: connect anew"
             )
         self.version = int(fields["version"])
+        if self._sent is not None and self.version != self._sent:
+            raise PolicyServerError(
+                f"{self.url}: answers with version {self.version}, but was sent version "
+                f"{self._sent}: it was started anew, or has another learner; run again to go on"
+            )
         return logits
 
     def update_weights(self, weights: Weights, version: int | None = None) -> int:
@@ -262,7 +273,7 @@ class HTTPPolicy(TokenPolicy):
             # A retry after a lost answer: the first attempt had arrived.
             if error.status != 409 or self._json("GET", "/health")["version"] != version:
                 raise
-        self.version = version
+        self.version = self._sent = version
         return version
 
     def close(self) -> None:

@@ -122,7 +122,7 @@ class TokenPolicy(ABC):
     def logits(self, frames_BVHW3: npt.NDArray[np.uint8], instructions: Sequence[str]) -> Tensor:
         """Float32 logits [B,N,256] on the CPU or the network's device."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would cast every weight anew at each pass under autocast
     def act(self, observation: Observation, seed: int) -> PolicyAction:
         """Actions, tokens and log-probabilities [B,T,A] for the latest frame of each row."""
         frames = _latest(observation.frames)
@@ -230,7 +230,7 @@ class VLAPolicy(TokenPolicy):
         logits: Tensor = self.network(pixels, ids, mask, checkpoint_blocks=checkpoint_blocks)
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, frames_BVHW3: npt.NDArray[np.uint8], instructions: Sequence[str]) -> Tensor:
         """Float32 logits [B,N,256] for camera frames."""
         return self.forward(self.pictures(frames_BVHW3), instructions)

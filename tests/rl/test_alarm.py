@@ -17,12 +17,13 @@ from loop_home import HORIZON, PointWorld, small_policy, small_world, write_pool
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
+from worldloop.metrics import held_steps
 from worldloop.rl import grpo as module
 from worldloop.rl.alarm import AlarmConfig, check_steps, head_verdict, load_check
 from worldloop.rl.grpo import GRPOConfig, train
 from worldloop.rl.learner import LearnerConfig
 from worldloop.rl.starts import load_starts
-from worldloop.rl.true_env import TrueEnv, held_steps
+from worldloop.rl.true_env import TrueEnv
 from worldloop.track import read_rows
 
 TRUE = TrueEnv("loop_home:PointRecorder", horizon=HORIZON, image_size=32, held_frames=1)

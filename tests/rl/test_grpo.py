@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -157,7 +158,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(at_home, monkeypatch, w
     options = {
         "groups": 4, "accuracy_low": 0.2, "accuracy_high": 0.8, "rounds": 20, "likely_mixed": likely
     }  # fmt: skip
-    whole = train(config_of(at_home, **options, out=at_home / "whole"))
+    whole = train(config_of(at_home, **options, out=at_home / "whole", device="auto"))
     config = config_of(at_home, **options)
     if where == "between steps":
         train(dataclasses.replace(config, steps=1))
@@ -226,8 +227,26 @@ def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monke
     assert len(list(rounds.iterdir())) == 2
     with pytest.raises(UserError, match="too uniform"):
         train(config)  # the same settings: read back
-    done = train(dataclasses.replace(config, temperature=config.temperature + 0.1))
-    assert done.name == "000002"
+    again = dataclasses.replace(config, temperature=config.temperature + 0.1)
+    assert train(again).name == "000002"
+
+
+def test_rounds_of_other_weights_at_the_same_path_are_not_trained_on(
+    at_home, small_world, small_policy, monkeypatch
+):
+    config = config_of(at_home, groups=4, accuracy_low=0.1, accuracy_high=0.9, rounds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            small_world, "config", dataclasses.replace(small_world.config, reward_threshold=1.0)
+        )
+        with pytest.raises(UserError, match="too uniform"):
+            train(config)
+    shutil.rmtree(at_home / "policy")
+    policy = small_policy()
+    with torch.no_grad():
+        next(policy.network.parameters()).add_(0.01)
+    policy.save(at_home / "policy")  # trained further, as the message advises
+    assert train(config).name == "000002"
 
 
 def test_bad_input_is_one_clear_line(tmp_path, small_world, small_policy, pool):

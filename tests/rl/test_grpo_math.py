@@ -153,9 +153,3 @@ def test_more_groups_than_starts_take_all_of_them_equally_often():
         assert len(rows) == 12 and set(rows) <= set(range(4))
         if mixed:
             assert np.bincount(rows).tolist() == [3, 3, 3, 3]
-
-
-def test_counts_of_other_starts_are_refused():
-    state = StartChooser(4, 8, 0.1, 0.9).state()
-    with pytest.raises(UserError, match="had 4 start frames, now there are 5"):
-        StartChooser(5, 8, 0.1, 0.9).load_state(state)

@@ -380,6 +380,15 @@ def test_server_dies_and_comes_back(tmp_path):
             process, again = start(tmp_path / "policy", int(url.rsplit(":", 1)[1]))
             assert again == url
             torch.testing.assert_close(waiting.result(60), before, rtol=0, atol=1e-4)
+
+        # A learner's weights are gone with the server: its own are no answer to it.
+        assert patient.update_weights(policy_of(seed=1).network.state_dict()) == 1
+        patient.logits(frames, words)
+        process.kill()
+        process.wait()
+        process, _ = start(tmp_path / "policy", int(url.rsplit(":", 1)[1]))
+        with pytest.raises(PolicyServerError, match="version 0, but was sent version 1"):
+            patient.logits(frames, words)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0  # a clean stop
