@@ -104,7 +104,7 @@ class Bench:
         world = self.load()
         folder = config.episodes or shipped_episodes()
         self.real = spread(load_held_out(folder, None, world), config.count)
-        self.threshold = world.reward_threshold
+        self.threshold = world.config.reward_threshold
 
     def load(self, dtype: torch.dtype = torch.float32) -> WorldModel:
         world = WorldModel.from_pretrained(self.config.world, device=self.device, dtype=dtype)

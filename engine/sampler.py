@@ -62,12 +62,6 @@ def noise_for(
     return torch.from_numpy(np.stack(rows)).to(device)
 
 
-def published_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """The noise of [P2] for an integer seed, fp32, before its factor of 80."""
-    noise = np.random.RandomState(seed).standard_normal(tuple(shape))
-    return torch.from_numpy(noise.astype(np.float32))
-
-
 # What the network predicts ----------------------------------------------------------------------
 
 
@@ -87,11 +81,6 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, t_BF: Tensor) -> 
     if prediction == "sample":
         return output.float()
     return flow_x0(x_t, output, t_BF)
-
-
-def target(prediction: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
-    """What the network ought to put out: noise - x0, or x0 itself."""
-    return x0 if prediction == "sample" else noise - x0
 
 
 def dit_denoiser(dit: Callable[..., Any], prediction: Prediction, **inputs: Any) -> Denoiser:

@@ -125,10 +125,6 @@ class WorldModel(nn.Module):
         return self.config.action_spec
 
     @property
-    def reward_threshold(self) -> float:
-        return self.config.reward_threshold
-
-    @property
     def block(self) -> int:
         """Latent frames of a chunk."""
         return self.config.block

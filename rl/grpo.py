@@ -350,9 +350,7 @@ def _train(config: GRPOConfig) -> Path:
     world = WorldModel.from_pretrained(config.world, device=device, dtype=dtype)
     if config.backend != "eager":
         world = wrap_world(world, config.backend, attention="auto")
-    policy = VLAPolicy.from_pretrained(
-        config.policy, temperature=config.temperature, device=device
-    )
+    policy = VLAPolicy.from_pretrained(config.policy, temperature=config.temperature, device=device)
     actor = make_actor(config, dtype)
     grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)

@@ -57,7 +57,7 @@ def test_imagined_as_the_rollout_engine_does(
     result = evaluate(env, policy, range(9), seed=4)
     np.testing.assert_array_equal(result.success, rollout.success)
     assert 0 < result.success.sum() < 9
-    above = rollout.reward > small_world.reward_threshold
+    above = rollout.reward > small_world.config.reward_threshold
     due = np.where(above.any(1), above.argmax(1) + 1, HORIZON)
     np.testing.assert_array_equal(result.steps, due)
     chunks = -(-due // 8)
