@@ -140,7 +140,9 @@ class Bench:
         rows = max(1, self.config.batch // 2)
         works: dict[str, Callable[[], Any]] = {}
         for name, arm in arms.items():
-            for part, run in passes(arm.world, rows, self.real).items():
+            with arm.around:  # the history, too, as this arm makes it
+                made = passes(arm.world, rows, self.real)
+            for part, run in made.items():
                 works[f"{name}: {part}"] = self._inside(arm, run)
         for run in works.values():
             run()

@@ -61,6 +61,8 @@ def measured(documents: Mapping[str, Mapping[str, Any]], device: str) -> dict[st
             continue
         height, width = document["picture"]
         label = f"{document['preset']}, {height}x{width}, {document['backend']}"
+        if label in found:  # two runs of one kind are not one sum
+            label += f" ({name})"
         parts = found.setdefault(label, [])
         best: dict[str, Mapping[str, Any]] = {}
         for row in document["arms"]:

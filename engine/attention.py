@@ -223,7 +223,12 @@ def measure(
         if missing(name, device, dtype) is not None:
             continue
         run = functools.partial(_IMPLEMENTATIONS[name], q, k, v)
-        error = (run()[:1].float() - expected).norm() / expected.norm()
+        try:
+            error = (run()[:1].float() - expected).norm() / expected.norm()
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, OSError, RuntimeError, TypeError):
+            continue  # installed, but made for another torch or GPU: the others will do
         if float(error) <= tolerance:
             found[name] = _median_ms(run, repeats, device)
     if not found:

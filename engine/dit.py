@@ -323,6 +323,5 @@ class DiT(nn.Module):
             # The projection has a bias, so no text is not zero and cannot be skipped.
             raise UserError("context is None; this model needs the embedding of its (empty) text")
 
-    def flops(self, frames: int, height: int, width: int, history_tokens: int = 0) -> int:
-        """FLOPs of one row's pass over latents [C,frames,height,width]: `DiTConfig.flops`."""
-        return self.config.flops(frames, height, width, history_tokens)
+    def extra_repr(self) -> str:
+        return repr(self.config)  # what no weight tells: an engine's key is made from it

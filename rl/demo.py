@@ -210,7 +210,9 @@ def measure(
     world: WorldModel, held_out: HeldOut, config: DemoConfig, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Comparison, list[Pair]]:
     """Every figure of summary.json, and what the pictures are made from."""
-    classifier, no_classifier = find_classifier(held_out.env_id, config.classifier)
+    classifier, no_classifier = find_classifier(
+        held_out.env_id, held_out.episodes[0].frames.shape[1], config.classifier
+    )
     say(f"{len(held_out.episodes)} episodes of {held_out.env_id} from {held_out.folder}")
     warm = held_out.first(2, world.action_spec.chunk)
     imagine(world, warm, warm.actions, config.steps, config.seed)

@@ -270,8 +270,9 @@ def evaluate_policy(config: EvaluateConfig) -> Evaluation:
     Raises UserError where a process of it was killed.
     """
     N, processes = config.episodes, min(config.processes, config.episodes)
-    # Several parts a process, none long: they end together, and a kill loses little.
-    size = max(min(math.ceil(N / (processes * 4)), 16), rows_of(config))
+    # Many parts, none long: processes end together, and a kill loses little. The same parts for
+    # any number of processes, so that a run goes on with another one.
+    size = max(min(math.ceil(N / 16), 16), rows_of(config))
     parts = [range(first, min(first + size, N)) for first in range(0, N, size)]
     kept = config.out.with_name(config.out.name + ".parts")
     made_by = _made_by(config)
@@ -326,7 +327,10 @@ def _made_by(config: EvaluateConfig) -> dict[str, Any]:
     if config.env == WORLD:
         models["world_sha256"] = config.world
     hashes = {key: checkpoint_sha256(resolve_pretrained(name)) for key, name in models.items()}
-    return {"config": config_to_dict(config), **hashes}
+    settings = config_to_dict(config)
+    for name in ("processes", "threads"):  # how fast, not what
+        del settings[name]
+    return {"config": settings, **hashes}
 
 
 def _read_parts(path: Path, made_by: dict[str, Any]) -> dict[int, Evaluation]:

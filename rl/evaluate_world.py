@@ -22,14 +22,16 @@ import numpy as np
 import torch
 
 from worldloop.calibration import crossfit_alignment, fit_reward, held_score, precision_recall
+from worldloop.checkpoint import load_checkpoint
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.world_config import Calibration, write_world_config
 from worldloop.engine.world_model import Steps, WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
-from worldloop.hub import WEIGHTS
+from worldloop.hub import WEIGHTS, resolve_pretrained
 from worldloop.metrics import Comparison, compare_rollout, fvd, lpips, outcome_alignment
+from worldloop.outcome import OutcomeClassifier
 from worldloop.rl.held_out import (
     HeldOut,
     actions_only,
@@ -59,6 +61,7 @@ from worldloop.track import git_commit
 
 REFERENCE = 35  # steps of the reference procedure
 DRIFT = (48, 200, 400)  # frames; the paper's model breaks at 200
+LEFT_OUT = {"reason": "left out"}
 TRANSFER = ("transfer", "scratch")  # arms that are measured on the unseen task
 
 
@@ -136,6 +139,8 @@ class Evaluation:
     def __init__(self, config: EvaluateWorldConfig, say: Callable[[str], None] = print) -> None:
         self.config, self.say = config, say
         torch.set_num_threads(config.threads)
+        for arm in config.arms:  # now, not after hours of measuring
+            load_checkpoint(resolve_pretrained(arm.partition("=")[2]), kind="world_model")
         self.world = WorldModel.from_pretrained(config.world)
         folders = config.episodes or (shipped_episodes(),)
         self.tasks: dict[str, HeldOut] = {}
@@ -149,6 +154,11 @@ class Evaluation:
             whole = load_held_out(config.transfer, None, self.world)
             self.transfer = whole.balanced(config.count)
 
+    def classifier(self, held_out: HeldOut) -> tuple[OutcomeClassifier | None, str]:
+        """Of a task's pictures, or None and the reason."""
+        size = held_out.episodes[0].frames.shape[1]
+        return find_classifier(held_out.env_id, size, among=self.config.classifiers)
+
     # ------------------------------------------------------------ one rollout
 
     def measure(
@@ -160,7 +170,7 @@ class Evaluation:
             world, held_out, held_out.actions, steps or config.steps, config.seed,
             f"{held_out.env_id}, {steps or config.steps} steps", config.batch,
         )  # fmt: skip
-        classifier, _ = find_classifier(held_out.env_id, among=config.classifiers)
+        classifier, _ = self.classifier(held_out)
         held = world.config.success_rule(held_out.episodes[0].instruction)[1]
         compared = compare_rollout(
             held_out.episodes, rollout, classifier, held_out.object_color, held_frames=held
@@ -175,7 +185,7 @@ class Evaluation:
         real, imagined = measured.real[:, 1 : T + 1], measured.frames[:, 1 : T + 1]
         perceptual, no_lpips = lpips(real, imagined)
         video, no_fvd = fvd(real, imagined, self.config.fvd)
-        _, no_classifier = find_classifier(held_out.env_id, among=self.config.classifiers)
+        _, no_classifier = self.classifier(held_out)
         guess = actions_only(held_out, self.config.seed)
         return {
             "n": len(held_out.episodes),
@@ -261,10 +271,8 @@ class Evaluation:
             "tasks_of_first_seed": tasks,
         }
 
-    def judged(self, found: Sequence[Measured]) -> dict[str, Any] | None:
+    def judged(self, found: Sequence[Measured]) -> dict[str, Any]:
         """Table 4's judge on the very frames that the reward head's verdicts belong to."""
-        if not self.config.judge:
-            return None
         rows, parts = {}, []
         for measured in found:
             texts = [episode.instruction for episode in measured.held_out.episodes]
@@ -397,14 +405,15 @@ class Evaluation:
             "tasks": tasks,
             "mean": {**mean_of(list(tasks.values())), **pooled(found, config.frames)},
             "by_steps": self.steps_table() if config.steps_count else {},
-            "drift": self._simulated(config.long, self.drift),
+            "drift": self._measured(self.drift) if config.long else LEFT_OUT,
             "ablations": self.ablations(),
             "transfer": self.transfer_table(),
-            "judge": self.judged(found),
+            "judge": self._measured(lambda: self.judged(found)) if config.judge else None,
             "calibration": self.calibration(found),
         }
         shown: list[Pair] = []
-        document["action_following"] = self._simulated(config.novel, lambda: self.following(shown))
+        following = self._measured(lambda: self.following(shown)) if config.novel else LEFT_OUT
+        document["action_following"] = following
         document |= {
             "world": config.world,
             "steps": config.steps,
@@ -415,16 +424,14 @@ class Evaluation:
         if config.calibrate:
             self.say(f"{self.write_calibration(document['calibration'])}: thresholds written")
         document = plain(document)
-        figures = write_figures(document, shown, config.out)
-        write_page(document, figures, config.out / "world-model.md")
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         atomic_write_text(config.out / "world-model.json", text)
+        figures = write_figures(document, shown, config.out)
+        write_page(document, figures, config.out / "world-model.md")
         return document
 
-    def _simulated(self, count: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What needs the simulator; where it cannot run, the reason in place of figures."""
-        if count == 0:
-            return {"reason": "left out"}
+    def _measured(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What needs a simulator or a judge; where there is none, the reason for no figures."""
         try:
             return measure()
         except UserError as error:

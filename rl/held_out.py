@@ -122,20 +122,28 @@ def _first_only(dataset: EpisodeDataset, number: int) -> Episode:
 
 
 def find_classifier(
-    env_id: str, given: Path | None = None, among: Sequence[Path] = ()
+    env_id: str, image_size: int, given: Path | None = None, among: Sequence[Path] = ()
 ) -> tuple[OutcomeClassifier | None, str]:
-    """The outcome classifier of a task and "", or None and the reason.
+    """The outcome classifier of a task's pictures and "", or None and the reason.
 
     given: take this one. among: folders to look at before the shipped ones.
     """
     if given is not None:
-        return OutcomeClassifier.load(given), ""
+        classifier = OutcomeClassifier.load(given)
+        if classifier.image_size != image_size:
+            raise UserError(
+                f"{given}: is for pictures of {classifier.image_size} pixels a side, these have "
+                f"{image_size}; train one on these"
+            )
+        return classifier, ""
     shipped = sorted(SHIPPED_CLASSIFIERS.glob("*/config.json"))
     for path in [*(folder / "config.json" for folder in among), *shipped]:
         classifier = OutcomeClassifier.load(path.parent)
-        if classifier.env_id == env_id:
+        if (classifier.env_id, classifier.image_size) == (env_id, image_size):
             return classifier, ""
-    return None, f"no outcome classifier of {env_id} is shipped or given; train one"
+    return None, (
+        f"no outcome classifier of {env_id} at {image_size} pixels is shipped or given; train one"
+    )
 
 
 def imagine(

@@ -57,7 +57,7 @@ def imagine(config: ImagineConfig) -> tuple[Rollout, Alignment]:
     """
     torch.set_num_threads(config.threads)
     world = WorldModel.from_pretrained(config.world, device=config.device)
-    real = load_held_out(config.episodes, config.count, world, frames=False)
+    real = load_held_out(config.episodes, config.count, world, least=1, frames=False)
     steps: int | Literal["reference"] = (
         "reference" if config.steps == "reference" else int(config.steps)
     )

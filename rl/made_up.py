@@ -33,7 +33,9 @@ from worldloop.types import ActionSpec, Episode
 Float = npt.NDArray[np.float32]
 KINDS = ("there and back", "oscillations", "detour, then the task", "the task, disturbed")
 REACH = 0.038  # metres that a full command moves the hand in the end (ManiSkill's controller)
-BOX = ((-0.12, 0.10), (-0.12, 0.12), (0.03, 0.15))  # metres in which a wandering hand stays
+# Metres in which a wandering hand stays, above what stands for the table.
+BOX = ((-0.12, 0.10), (-0.12, 0.12), (0.03, 0.15))
+TABLE = 0.9  # of LIBERO's scenes with one (rl/envs/tasks.py); elsewhere it is at 0
 
 
 def made_up(kind: str, recorded_TA: Float, rng: np.random.Generator) -> Float:
@@ -74,14 +76,15 @@ class Wander:
 
     reads_frames = False
 
-    def __init__(self, gripper: float, spec: ActionSpec | None = None) -> None:
-        self.gripper, self.action_spec = gripper, spec or ActionSpec()
+    def __init__(self, gripper: float, spec: ActionSpec | None = None, table: float = 0.0) -> None:
+        self.gripper, self.action_spec, self.table = gripper, spec or ActionSpec(), table
 
     def act(self, observation: Observation, seed: int) -> PolicyAction:
         spec, low, high = self.action_spec, *np.array(BOX).T
         rows = []
         for row, episode in enumerate(observation.episodes):
             goal = np.random.default_rng(derive_seed(seed, episode)).uniform(low, high)
+            goal[2] += self.table
             actions = np.zeros((spec.chunk, spec.dim), np.float32)
             # Three quarters of the time on the way, the rest to arrive.
             n = max(1, 3 * spec.chunk // 4)
@@ -135,7 +138,8 @@ def simulate(
 def _digest(policy: Policy) -> str:
     if isinstance(policy, ReplayPolicy):
         return hashlib.sha256(policy.actions.tobytes()).hexdigest()
-    return f"wander {getattr(policy, 'gripper', '')}"
+    assert isinstance(policy, Wander)
+    return f"wander {policy.gripper}" + (f" above {policy.table}" if policy.table else "")
 
 
 def _sim_seed(episode: Episode, where: Path) -> int:
@@ -161,6 +165,7 @@ def long_episodes(held_out: HeldOut, count: int, frames: int, folder: Path) -> E
     plays: list[tuple[Policy, int, str]] = []
     for i in range(count):
         episode = held_out.episodes[i % len(held_out.episodes)]
-        wander = Wander(float(episode.actions[0, 6]))
+        table = TABLE if episode.states[0, 2] > TABLE else 0.0  # the hand begins above it
+        wander = Wander(float(episode.actions[0, 6]), table=table)
         plays.append((wander, _sim_seed(episode, held_out.folder), "wander"))
     return simulate(folder, held_out, plays, -(-frames // chunk) * chunk)

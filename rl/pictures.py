@@ -195,7 +195,7 @@ def contact_sheet(pairs: Sequence[Pair], every: int = 8, told: bool = False) -> 
     told: its instruction stands in place of its number.
     """
     H, W = pairs[0].real.shape[1:3]
-    times = range(0, len(pairs[0].real), every)
+    times = range(0, max(len(pair.real) for pair in pairs), every)
     label, head, gap, between = 190, 30, 2, 14
     width = label + len(times) * (W + gap)
     row = 2 * (H + gap) + between
@@ -220,7 +220,7 @@ def contact_sheet(pairs: Sequence[Pair], every: int = 8, told: bool = False) -> 
             ("real", REAL, pair.real, y), ("imagined", IMAGINED, pair.imagined, y + H + gap),
         ):  # fmt: skip
             draw.text((label - 8, top + H - 4), name, color, _font(13), anchor="rs")
-            for column, t in enumerate(times):
+            for column, t in enumerate(range(0, len(clip), every)):
                 sheet.paste(Image.fromarray(clip[t]), (label + column * (W + gap), top))
     return sheet
 

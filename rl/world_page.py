@@ -120,7 +120,7 @@ def drift_lines(document: dict[str, Any]) -> list[str]:
 
 def arms_lines(document: dict[str, Any]) -> list[str]:
     arms = {"this model": document["mean"], **document["ablations"]}
-    if document["judge"] is not None:
+    if document["judge"] is not None and "reason" not in document["judge"]:
         arms[f"judged by {document['judge']['model']}"] = document["judge"]
     lines: list[str] = []
     if len(arms) > 1:

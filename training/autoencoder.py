@@ -33,6 +33,7 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
+    clip_gradients,
     device_for,
     learning_rate,
     load_state,
@@ -128,7 +129,7 @@ def sample(
     for k in rng.choice(len(parts), size=count, p=share / share.sum()):
         part, trained = parts[k], int(sizes[k])
         first, last = (trained, len(part)) if held_out else (0, trained)
-        latent = rng.integers(part.frames.shape[1] // 4 + 1)
+        latent = rng.integers(part.actions.shape[1] // 4 + 1)
         chosen.append((int(k), int(rng.integers(first, last)), int(latent)))
     return chosen
 
@@ -235,7 +236,7 @@ def train(config: AutoencoderConfig) -> Path:
                 loss, mse = weighted_loss(model, groups, near, config)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_gradients(model, step, config.out)
             optimizer.step()
             ema.update(model, step)
             errors.append(float(mse.detach()))

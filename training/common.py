@@ -187,6 +187,19 @@ def load_state(folder: Path, module: nn.Module, opt: torch.optim.Optimizer, ema:
     return int(meta["step"])
 
 
+def clip_gradients(module: nn.Module, step: int, out: Path) -> None:
+    """Scale the gradients to a norm of at most 1.
+
+    Raises UserError where they are not finite, before they can spoil weights and averages.
+    """
+    norm = float(nn.utils.clip_grad_norm_(module.parameters(), 1.0))
+    if not math.isfinite(norm):
+        raise UserError(
+            f"step {step}: the gradient's norm is {norm}; {out} keeps the last good checkpoint: "
+            "lower the learning rate and run the command again"
+        )
+
+
 class StepTime:
     """Seconds of the parts of a step: data, compute (forward and backward), update."""
 

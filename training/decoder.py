@@ -29,6 +29,7 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
+    clip_gradients,
     device_for,
     learning_rate,
     load_state,
@@ -159,7 +160,7 @@ def train(config: DecoderConfig) -> Path:
                 loss, mse = distillation_loss(student, latents, target, config.motion_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            clip_gradients(student, step, config.out)
             optimizer.step()
             ema.update(student, step)
             errors.append(float(mse.detach()))

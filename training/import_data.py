@@ -128,7 +128,7 @@ def lerobot_recordings(config: ImportConfig, spec: ActionSpec) -> Iterator[Recor
     tables: dict[str, Any] = {}
     for entry in _lerobot_index(root):
         place = {name: entry[f"data/{name}"] for name in ("chunk_index", "file_index")}
-        path = root / info["data_path"].format(**place)
+        path = _within(root, info["data_path"].format(**place))
         if str(path) not in tables:
             tables = {str(path): pq.read_table(path)}
         table = tables[str(path)]
@@ -137,7 +137,7 @@ def lerobot_recordings(config: ImportConfig, spec: ActionSpec) -> Iterator[Recor
         rows = table.filter(numbers == number)
         n, where = rows.num_rows, f"{root}: episode {number}"
         video = {name: entry[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        clip = root / info["video_path"].format(video_key=key, **video)
+        clip = _within(root, info["video_path"].format(video_key=key, **video))
         first = round(entry[f"videos/{key}/from_timestamp"] * info["fps"])
 
         def frames(clip: Path = clip, first: int = first, n: int = n) -> Pictures:
@@ -277,6 +277,14 @@ def commands_of(spec: ActionSpec, states: Float, where: str) -> Float:
         out[:, part] = np.linalg.lstsq(system, wanted, rcond=None)[0]
     out = np.clip(out, spec.low, spec.high).astype(np.float32)
     return out
+
+
+def _within(root: Path, name: str) -> Path:
+    """A file that a foreign dataset names; raises UserError where it lies outside it."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise UserError(f"{root}/meta/info.json: names {name!r}, which is outside the dataset")
+    return path
 
 
 def episode_of(

@@ -21,14 +21,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worldloop.checkpoint import file_sha256
-from worldloop.config import read_json
+from worldloop.checkpoint import file_sha256, load_checkpoint, load_into
+from worldloop.config import config_from_dict, read_json
 from worldloop.engine.arm import Arm
 from worldloop.engine.formats.wan import from_diffusers_vae, load_wan_vae
 from worldloop.engine.light_vae import LightVAE, load_autoencoder
 from worldloop.engine.precision import autocast
 from worldloop.engine.vae import WanVAE
+from worldloop.engine.world_config import WorldModelConfig
 from worldloop.engine.world_model import WorldModel
+from worldloop.errors import UserError
 from worldloop.training.arm import chunk_poses
 from worldloop.training.data import EpisodeArrays, cached_array, object_weight
 from worldloop.types import ActionSpec
@@ -43,9 +45,16 @@ def autoencoder_of(path: Path) -> LightVAE | WanVAE:
         return load_wan_vae(path).float()
     if path.is_dir() and "_class_name" in read_json(path / "config.json"):
         return from_diffusers_vae(path).float()
-    if read_json(path / "config.json").get("kind") == "world_model":
-        return WorldModel.from_pretrained(path).autoencoder.float()
-    return load_autoencoder(path)
+    if read_json(path / "config.json").get("kind") != "world_model":
+        return load_autoencoder(path)
+    checkpoint = load_checkpoint(path, kind="world_model")  # of its weights only what is asked for
+    with torch.device("meta"):
+        world = WorldModel(config_from_dict(WorldModelConfig, checkpoint.config, str(path)))
+    if "autoencoder" not in checkpoint.parts:
+        raise UserError(f"{path}: has no 'autoencoder' weights; it is not a whole world model")
+    weights = {name: tensor.clone() for name, tensor in checkpoint.parts["autoencoder"].items()}
+    load_into(world.autoencoder, weights, f"{path} (autoencoder)")
+    return world.autoencoder.float().eval()
 
 
 def autoencoder_hash(path: Path) -> str:
@@ -158,7 +167,8 @@ class Batches:
         chosen = horizons[0]
         if len(horizons) > 1:
             shares = np.array([len(self.tasks[h]) for h in horizons], np.float64)
-            common = np.random.default_rng([config.seed, step])
+            # The last number is no rank's: numpy takes [seed, step] for [seed, step, 0].
+            common = np.random.default_rng([config.seed, step, 1 << 31])
             chosen = horizons[int(common.choice(len(horizons), p=shares / shares.sum()))]
         tasks = list(self.tasks[chosen].values())
         if len(tasks) == 1:

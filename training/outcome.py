@@ -113,6 +113,12 @@ def train(config: OutcomeTraining) -> OutcomeClassifier:
     trained = len(data) - config.held_out
     if trained < 1:
         raise UserError(f"held_out is {config.held_out}; {config.data} holds {len(data)} episodes")
+    ends = data.reward[:trained, -1] > 0.5
+    if ends.all() or not ends.any():
+        raise UserError(
+            f"{config.data}: all {trained} episodes to train on end alike; a classifier needs "
+            "both outcomes (collect without --expert)"
+        )
     net = OutcomeNet(config.width)
     opt = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, config.lr, config.steps, pct_start=0.1)

@@ -31,6 +31,7 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
+    clip_gradients,
     device_for,
     learning_rate,
     load_state,
@@ -211,17 +212,12 @@ def train(config: PolicyTraining) -> Path:
             batch = augment(pictures, config.jitter, rng), tokens
             with autocast(device, config.precision):
                 loss = policy_loss(policy, batch, trained.instruction)
-            seen.append(float(loss.detach()))
-            if not np.isfinite(seen[-1]):
-                raise UserError(
-                    f"loss is {seen[-1]} at step {step}; the last good checkpoint is in "
-                    f"{config.out}; lower the learning rate"
-                )
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            clip_gradients(network, step, config.out)
             optimizer.step()
             ema.update(network, step)
+            seen.append(float(loss.detach()))
             step += 1
             progress.update(1, loss=seen[-1])
             if step % config.save_every == 0 or step == config.steps:

@@ -39,12 +39,26 @@ def shard(dit: DiT, reward: RewardHead, workers: Workers, device: torch.device) 
         fully_shard(module, mesh=mesh)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a sharded module, whole, on the CPU; all processes must call it."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        for name, tensor in module.state_dict().items()
-    }
+def whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor] | None:
+    """Every tensor of a sharded module, whole, on the CPU of the processes that ``keep`` it.
+
+    All processes must call it; the others get None and hold one whole tensor at a time.
+    """
+    kept = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[name] = whole.cpu()
+    return kept if keep else None
+
+
+def refuse_sharded(folder: Path) -> None:
+    """Raise UserError where a sharded run was here: without --fsdp it would begin anew."""
+    if (folder / "sharded.json").is_file():
+        raise UserError(
+            f"{folder}: holds a sharded run; go on with --fsdp under torchrun, or choose another "
+            "folder"
+        )
 
 
 class ShardedState:

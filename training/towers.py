@@ -32,6 +32,7 @@ from worldloop.training.common import (
     EMA,
     Clock,
     TrainingOptions,
+    clip_gradients,
     device_for,
     learning_rate,
     load_state,
@@ -169,7 +170,7 @@ def train(config: TowersTraining) -> Path:
             loss = sum((m - targets.to(device)).abs().mean() for m in made)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_gradients(model, step, config.out)
             optimizer.step()
             ema.update(model, step)
             seen.append(float(loss.detach()))

@@ -25,8 +25,10 @@ from worldloop.cli import parse_config
 from worldloop.engine.arm import Arm
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS
+from worldloop.engine.light_vae import LightVAE
 from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardConfig, RewardHead
+from worldloop.engine.vae import WanVAE
 from worldloop.engine.world_config import TaskRecord
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import EpisodeDataset
@@ -48,7 +50,7 @@ from worldloop.training.data import EpisodeArrays, load_mixture
 from worldloop.training.latents import Ahead, Batch, Batches, autoencoder_of, latent_cache
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.samples import write_sample_video
-from worldloop.training.sharded import ShardedState, shard, whole_state
+from worldloop.training.sharded import ShardedState, refuse_sharded, shard, whole_state
 from worldloop.training.starting import (
     arm_of,
     dit_sizes,
@@ -212,6 +214,7 @@ class _Training:
     ) -> None:
         self.config, self.parts, self.batches, self.workers = config, parts, batches, workers
         self.model, self.arm = model, arm
+        self.autoencoder = autoencoder_of(config.autoencoder)
         self.device = next(model.parameters()).device
         self.shards = ShardedState(config.out / "state", workers) if config.fsdp else None
         if config.fsdp:
@@ -220,9 +223,10 @@ class _Training:
         if self.shards is not None:
             self.step = self.shards.load(model, self.optimizer, self.ema)
         else:
+            refuse_sharded(config.out / "state")
             self.step = load_state(config.out / "state", model, self.optimizer, self.ema)
         self.held = [batch.to(self.device) for batch in batches.held()]
-        self.sizes = config_of(model, parts, config, base, arm)
+        self.sizes = config_of(model, parts, self.autoencoder, base, arm)
 
     def run(self) -> Path:
         config, workers = self.config, self.workers
@@ -316,7 +320,7 @@ class _Training:
                 with autocast(self.device, config.precision):
                     checks.append(training_loss(self.model, held, pure, self.sizes, True))
             world = self.world()
-            if workers.rank == 0:
+            if world is not None:
                 world.save(config.out / "model")
         counts = [len(held.latents) for held in self.held]
         return {
@@ -331,15 +335,20 @@ class _Training:
             state = self.config.out / "state"
             save_state(state, self.model, self.optimizer, self.ema, self.step)
 
-    def world(self) -> WorldModel:
-        """The whole world model with the present weights; sharded ones are gathered on the CPU."""
+    def world(self) -> WorldModel | None:
+        """The whole world model with the present weights, on the first process (None on others).
+
+        Sharded weights are gathered on its CPU, so every process must call this.
+        """
         model = self.model
         if self.config.fsdp:
-            state = whole_state(model)  # every process takes part
+            state = whole_state(model, keep=self.workers.rank == 0)
+            if state is None:
+                return None
             with torch.device("meta"):
                 model = Trainee(DiT(model.dit.config), RewardHead(model.reward.config))
             model.load_state_dict(state, assign=True)
-        return world_of(model, self.sizes, self.config.autoencoder, self.step, self.arm)
+        return world_of(model, self.sizes, self.autoencoder, self.step, self.arm)
 
     def sample(self) -> None:
         """A video of two held-out episodes; the datasets take turns."""
@@ -349,7 +358,7 @@ class _Training:
         data = self.parts[turn % len(self.parts)]
         with self.ema.applied(self.model):
             world = self.world()
-            if self.workers.rank == 0:
+            if world is not None:
                 shown = range(len(data) - min(2, self.config.held_out), len(data))
                 path = self.config.out / "samples" / f"{self.step:06d}.mp4"
                 write_sample_video(world.to(self.device), data, shown, path)
@@ -358,7 +367,7 @@ class _Training:
 def config_of(
     model: Trainee,
     parts: Sequence[EpisodeArrays],
-    config: WorldModelTraining,
+    autoencoder: LightVAE | WanVAE,
     base: WorldModelConfig | None = None,
     arm: Arm | None = None,
 ) -> WorldModelConfig:
@@ -367,7 +376,7 @@ def config_of(
     new = WorldModelConfig(
         dit=model.dit.config,
         reward=model.reward.config,
-        autoencoder=autoencoder_of(config.autoencoder).config,
+        autoencoder=autoencoder.config,
         action_spec=parts[0].action_spec,
         env_ids=tuple(tasks),
         tasks=tuple(tasks.values()),
@@ -388,11 +397,15 @@ def config_of(
 
 
 def world_of(
-    model: Trainee, sizes: WorldModelConfig, autoencoder: Path, step: int, arm: Arm | None = None
+    model: Trainee,
+    sizes: WorldModelConfig,
+    autoencoder: LightVAE | WanVAE,
+    step: int,
+    arm: Arm | None = None,
 ) -> WorldModel:
     """The whole world model after ``step`` steps: the trained parts (shared, not copied)."""
     sizes = replace(sizes, trained_steps=sizes.trained_steps + step)
-    return WorldModel(sizes, model.dit, autoencoder_of(autoencoder), model.reward, arm)
+    return WorldModel(sizes, model.dit, autoencoder, model.reward, arm)
 
 
 def main(argv: list[str]) -> int:

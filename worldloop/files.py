@@ -76,8 +76,13 @@ def file_sha256(path: PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def process_alive(number: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+def another_alive(number: int) -> bool:
+    """Whether another process, of this number, runs on this machine.
+
+    What bears our own number was left by an earlier process (in a container they repeat).
+    """
+    if number == os.getpid():
+        return False
     try:
         os.kill(number, 0)
     except ProcessLookupError:
@@ -100,7 +105,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     try:
         for left in final.parent.glob(f".{final.name}.*.tmp"):  # by killed processes
             process = left.name.removeprefix(f".{final.name}.").removesuffix(".tmp")
-            if process.isdigit() and not process_alive(int(process)):
+            if process.isdigit() and not another_alive(int(process)):
                 shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "BUCKETS", "Backend", "Call", "make_backend", "set_attention", "wrap_world"]
 
+# Every engine holds the weights anew: up to seven of them a bucket (2b: 3.9 GB each in bf16).
+TENSORRT_BUCKETS = (1, 8, 32)
+
 Network = TypeVar("Network", bound=nn.Module)
 
 BACKENDS = Table(
@@ -66,7 +69,7 @@ def wrap_world(
     decoder: LightDecoder | None = None,
     decoder_backend: str | None = None,
     channels_last: bool = False,
-    buckets: Sequence[int] = BUCKETS,
+    buckets: Sequence[int] | None = None,
 ) -> WorldModel:
     """A world model with the same weights whose passes and decoding go through a back end.
 
@@ -75,24 +78,25 @@ def wrap_world(
     `attention.NAMES`. It is set on the shared network, so it holds for ``world`` as well.
     decoder: a distilled decoder that makes the frames, on the world's device and of its dtype.
     channels_last: put the (shared) autoencoder's weights into channels-last order.
-    buckets: rows are padded up to the next of these; more than the largest go in pieces.
+    buckets: rows are padded up to the next of these; more than the largest go in pieces. None:
+    `BUCKETS`, for tensorrt `TENSORRT_BUCKETS`.
     Compiled, captured and built calls are made at the first pass of each shape. Raises UserError
     where a back end or an implementation of attention cannot run.
     """
     dit_build: Backend = resolve(BACKENDS, backend)
     vae_build: Backend = resolve(BACKENDS, decoder_backend or backend)
+    config = world.config
+    height, width = config.reward.grid
+    tokens = (height // config.dit.patch) * (width // config.dit.patch)
     if attention is not None:
-        config = world.config
-        tokens = (config.reward.grid[0] // config.dit.patch) * (
-            config.reward.grid[1] // config.dit.patch
-        )
         set_attention(
             world.dit, attention, queries=config.block * tokens,
             keys=(config.sink + config.window + config.block) * tokens,
         )  # fmt: skip
     wrapped = copy.copy(world)
     wrapped._modules = dict(world._modules)  # copy.copy shares this table
-    wrapped.dit = BackedDiT(_plain(world.dit), _calls(dit_build, backend, buckets))
+    room = (config.sink + config.window) * tokens
+    wrapped.dit = BackedDiT(_plain(world.dit), _calls(dit_build, backend, buckets, room))
     calls = _calls(vae_build, decoder_backend or backend, buckets)
     autoencoder: nn.Module = _plain(world.autoencoder)
     if isinstance(autoencoder, Redecoded):
@@ -113,8 +117,13 @@ def wrap_world(
     return wrapped
 
 
-def _calls(build: Backend, name: str, buckets: Sequence[int]) -> Calls:
-    return Calls(build, None if name == "eager" else buckets)
+def _calls(
+    build: Backend, name: str, buckets: Sequence[int] | None, room: int | None = None
+) -> Calls:
+    if buckets is None:
+        buckets = TENSORRT_BUCKETS if name == "tensorrt" else BUCKETS
+    graphs = name in ("cudagraph", "compiled-graph")
+    return Calls(build, None if name == "eager" else buckets, room if graphs else None)
 
 
 def _plain(network: Network) -> Network:

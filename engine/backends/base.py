@@ -64,15 +64,20 @@ class Calls:
     """The calls of one network, built as they are needed: one for each kind, shape and bucket.
 
     buckets: numbers of rows, rising; None: every number of rows gets a call of its own.
+    room: entries of dimension 1 of a full history. With it the history lies in buffers that stay
+    (`Resident`), and ``build(module, example, fixed=indices)`` is told which tensors these are.
     """
 
-    def __init__(self, build: Backend, buckets: Sequence[int] | None) -> None:
+    def __init__(
+        self, build: Callable[..., Call], buckets: Sequence[int] | None, room: int | None = None
+    ) -> None:
         if buckets is not None and (not buckets or list(buckets) != sorted(set(buckets))):
             raise UserError(f"buckets is {list(buckets)}; expected numbers of rows, rising")
         self.build = build
         self.buckets = buckets
         self.built: dict[Hashable, Call] = {}
-        self._padded = _Padded()
+        self._resident = None if room is None else Resident(room, self.built.clear)
+        self._padded = _Padded() if self._resident is None else self._resident
 
     def __call__(
         self,
@@ -90,7 +95,7 @@ class Calls:
         """
         rows = batched[0].shape[0]
         if self.buckets is None:
-            return self._run(kind, module, batched, shared)
+            return self._run(kind, module, batched, shared, ())
         fresh = len(batched) - lasting
         if rows > self.buckets[-1]:
             most = self.buckets[-1]
@@ -102,7 +107,7 @@ class Calls:
         bucket = next(b for b in self.buckets if b >= rows)
         padded = [_pad(t, bucket) for t in batched[:fresh]]
         padded += self._padded(batched[fresh:], bucket)
-        out = self._run(kind, module, padded, shared)
+        out = self._run(kind, module, padded, shared, range(fresh, len(padded)))
         return tuple(t[:rows] for t in out)
 
     def _run(
@@ -111,12 +116,14 @@ class Calls:
         module: Callable[[], nn.Module],
         batched: Sequence[Tensor],
         shared: Sequence[Tensor],
+        lasting: Sequence[int],
     ) -> tuple[Tensor, ...]:
         tensors = [*batched, *shared]
         autocast = torch.is_autocast_enabled(tensors[0].device.type)
         key = (kind, autocast, *map(facts_of, tensors))
         if key not in self.built:
-            self.built[key] = self.build(module(), tensors)
+            fixed = {} if self._resident is None else {"fixed": lasting}
+            self.built[key] = self.build(module(), tensors, **fixed)
         return self.built[key](*tensors)
 
 
@@ -125,7 +132,8 @@ def _pad(tensor: Tensor, rows: int) -> Tensor:
     missing = rows - tensor.shape[0]
     if not missing:
         return tensor
-    return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])])
+    # Not an expanded row: torch.cat would lose the order of channels-last tensors.
+    return torch.cat([tensor, *[tensor[:1]] * missing])
 
 
 class Unchanged:
@@ -169,3 +177,45 @@ class _Padded:
                 self._made = [_pad(t, rows).contiguous() for t in tensors]
             self._rows = rows
         return self._made
+
+
+class Resident:
+    """The history of a chunk in buffers that stay where they are, for graphs that read them there.
+
+    One buffer a tensor, for the rows of the largest bucket so far and a full history: histories of
+    all lengths and buckets are views of it, so that it is there once, however many graphs read it.
+    ``drop`` is called before larger ones take their places: what read the old ones is void.
+    """
+
+    def __init__(self, room: int, drop: Callable[[], None]) -> None:
+        self.room, self.drop = room, drop
+        self._unchanged = Unchanged()
+        self._buffers: list[Tensor] = []
+        self._views: list[Tensor] = []
+
+    def __call__(self, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+        if not tensors:
+            return []
+        if self._unchanged(tensors) and self._views and len(self._views[0]) == rows:
+            return self._views
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._fit(tensors, rows):
+                self._buffers, self._views = [], []  # free the old ones first
+                self.drop()
+                self._buffers = [
+                    t.new_zeros(rows, max(self.room, t.shape[1]), *t.shape[2:]) for t in tensors
+                ]
+            self._views = [b[:rows, : t.shape[1]] for b, t in zip(self._buffers, tensors)]
+            for view, tensor in zip(self._views, tensors, strict=True):
+                count = len(tensor)
+                view[:count].copy_(tensor, non_blocking=True)
+                if count < rows:  # finite, of its range, and never looked at
+                    view[count:].copy_(tensor[:1].expand(rows - count, *tensor.shape[1:]))
+        return self._views
+
+    def _fit(self, tensors: Sequence[Tensor], rows: int) -> bool:
+        return len(self._buffers) == len(tensors) and all(
+            b.shape[0] >= rows and b.shape[1] >= t.shape[1] and b.shape[2:] == t.shape[2:]
+            and (b.dtype, b.device) == (t.dtype, t.device)
+            for b, t in zip(self._buffers, tensors, strict=True)
+        )  # fmt: skip

@@ -149,6 +149,8 @@ class _Engine:
         if self.engine is None:
             raise UserError(f"{path}: TensorRT cannot load it; delete it to build it again")
         self.context = self.engine.create_execution_context()
+        # On torch's default stream TensorRT would wait for the device in every call.
+        self.stream = torch.cuda.Stream(self.device)
         names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         # An input that the graph does not use may be gone from the engine.
         self.inputs = [(i, f"in_{i}") for i in range(len(example)) if f"in_{i}" in names]
@@ -175,7 +177,9 @@ class _Engine:
         }
         for name, tensor in {**inputs, **outputs}.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
-        stream = torch.cuda.current_stream(self.device)
-        if not self.context.execute_async_v3(stream.cuda_stream):
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        if not self.context.execute_async_v3(self.stream.cuda_stream):
             raise RuntimeError("TensorRT refused to run the engine; its log above says why")
+        current.wait_stream(self.stream)  # whatever reuses this memory comes after
         return tuple(outputs[name] for name, _, _ in self.outputs)

@@ -1,5 +1,6 @@
 """Back ends: one conformance test over all, each against eager; padding, static inputs, export."""
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from worldloop.engine.backends import BACKENDS, make_backend, set_attention, wrap_world
 from worldloop.engine.backends import tensorrt as tensorrt_backend
 from worldloop.engine.backends.base import Calls, Unchanged
-from worldloop.engine.backends.cudagraph import StaticInputs
+from worldloop.engine.backends.cudagraph import Results, StaticInputs
 from worldloop.engine.backends.networks import DiTPass, LightDecode, WanDecode
 from worldloop.engine.backends.tensorrt import engine_key, export_onnx
 from worldloop.errors import UserError
@@ -264,6 +265,81 @@ def test_a_padded_history_follows_its_original():
         torch.testing.assert_close(fourth, 2 * third)
 
 
+def test_graphs_find_every_history_in_the_same_place():
+    """Histories of all lengths and buckets are one buffer; a larger bucket voids what reads it."""
+    built = []
+
+    def build(module, example, fixed):
+        history = example[fixed[0]]
+        built.append((tuple(history.shape), history))
+
+        def call(*tensors):  # as a graph: it reads where it was recorded
+            return module(*[t if i not in fixed else history for i, t in enumerate(tensors)])
+
+        return call
+
+    calls, factor = Calls(build, (2, 4), room=6), torch.tensor(1.0)
+
+    def run(rows, length, seed=0):
+        torch.manual_seed(seed)
+        x, history = torch.randn(rows, 1), torch.randn(rows, 6)[:, :length]
+        with torch.inference_mode():
+            for _ in range(2):
+                got = calls("k", Scale, [x, history], [factor], lasting=1)
+        for a, b in zip(got, Scale()(x, history, factor), strict=True):
+            torch.testing.assert_close(a, b)
+        return got
+
+    run(2, 2)
+    run(1, 6, seed=1)
+    run(2, 2, seed=2)
+    assert [shape for shape, _ in built] == [(2, 2), (2, 6)]
+    first, whole = (history for _, history in built)
+    assert first.data_ptr() == whole.data_ptr() and whole.stride() == first.stride() == (6, 1)
+    run(3, 4)  # more rows than the buffer has: another one, and the graphs are made anew
+    run(2, 2)
+    assert [shape for shape, _ in built[2:]] == [(4, 4), (2, 2)]
+    assert built[2][1].data_ptr() == built[3][1].data_ptr() != first.data_ptr()
+    run(4, 6)
+    run(3, 4)
+    assert len(built) == 5
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_padding_keeps_channels_last(rows):
+    calls = Calls(lambda module, example: module, (8,))
+    x = torch.randn(rows, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    seen = []
+    calls("k", lambda: lambda t: (seen.append(t) or t,), [x])
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and len(seen[0]) == 8
+
+
+def test_results_of_one_shape_share_their_place():
+    made = [torch.randn(2, 3), torch.randn(4)]
+    first = Results.shared(made)
+    assert Results.shared([t + 1 for t in made]) is first
+    assert Results.shared(made[:1]) is not first
+    assert Results.shared([made[0].t().contiguous().t(), made[1]]) is not first, "other strides"
+    assert first.tensors[0].data_ptr() != made[0].data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudagraph", "compiled-graph"])
+def test_graphs_are_recorded_again_after_all_earlier_ones_are_gone(small, backend):
+    """The pool of a device outlives its graphs (torch asserts where a dead one is named)."""
+    want = None
+    for _ in range(2):
+        world = wrap_world(small.world_of().cuda(), backend, buckets=(2,))
+        arguments = (small.frames_of(2), small.poses_of(2), small.actions_of(2, 16), [0, 1])
+        got = list(small.generate(world, *arguments)[1])
+        want = want or got
+        for a, b in zip(got, want, strict=True):
+            assert small.relative(a, b) < 1e-4
+        del world
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def test_unchanged_tells_writes_new_objects_and_inference_tensors():
     unchanged, tensor = Unchanged(), torch.zeros(3)
     assert not unchanged([tensor]) and unchanged([tensor])
@@ -287,6 +363,9 @@ def test_static_inputs_copy_only_what_has_changed():
     history.mul_(3)
     assert inputs.load([x, history]) == 2
     assert inputs.tensors[0].tolist() == [0, 0] and inputs.tensors[1].tolist() == [3] * 4
+    there = StaticInputs([x, history], fixed=[1])
+    assert there.tensors[1] is history and there.tensors[0] is not x
+    assert there.load([x, history]) == 1
     with pytest.raises(UserError, match="tensor 1 is"):
         inputs.load([x, history[:2]])
 
@@ -411,3 +490,9 @@ def test_the_engine_key_names_everything_it_depends_on(small):
         module.dit.final_layer.linear.weight[0, 0] += 1e-3
     changed.add(engine_key(module, example, "10.8", "H200"))
     assert len(changed | {key, before}) == 9
+    for name, value in (("rope_dtype", "bfloat16"), ("rope_ratio_hwt", (2.0, 1.0, 1.0)),
+                        ("timestep_scale", 0.5)):  # fmt: skip
+        other, _ = cases(small)["dit-step"]
+        other.dit.config = dataclasses.replace(other.dit.config, **{name: value})
+        assert engine_key(other, example, "10.8", "H200") not in changed | {key}, name
+        changed.add(engine_key(other, example, "10.8", "H200"))

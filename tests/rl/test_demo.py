@@ -320,7 +320,7 @@ def test_damaged_rollout_files(parts: tuple[Path, Path, Path], tmp_path: Path) -
 def test_detector_and_classifier_on_shipped_real_episodes() -> None:
     folder = shipped_episodes()
     found = EpisodeDataset(folder)
-    classifier, reason = find_classifier(found.meta.env_id)
+    classifier, reason = find_classifier(found.meta.env_id, found.meta.image_size)
     assert classifier is not None, reason
     episodes = [found.read(i) for i in range(len(found))]
     final = np.stack([one.frames[-1] for one in episodes])

@@ -61,16 +61,21 @@ def test_a_mixture_counts_tasks_alike_and_keeps_one_horizon(push, stack, pull, a
     config = training(roots, autoencoder, Path("x"), batch=8)
     batches = Batches(parts, latents, config)
     seen: dict[str, int] = {}
-    horizons = []
+    horizons, second = [], []
     for step in range(150):
         batch = batches.at(step, 0)
         horizons.append(batch.poses.shape[1])
+        second.append((horizons[-1], batch.episodes[1].split("-")[0]))
         for name in batch.episodes:
             seen[name] = seen.get(name, 0) + 1
         assert batches.at(step, 1).poses.shape[1] == horizons[-1], "ranks differ in horizon"
     task = {t: sum(n for name, n in seen.items() if name.startswith(t))
             for t in ("PushCube", "StackCube", "PullCube")}  # fmt: skip
     assert set(horizons) == {16, 24}
+    # What a row is says nothing of the horizon that was drawn before it.
+    (shared,) = (h for h in (16, 24) if len({t for k, t in second if k == h}) == 2)
+    among = [t for k, t in second if k == shared]
+    assert 0.3 < np.mean([t == among[0] for t in among]) < 0.7
     for count in task.values():  # 1200 rows: a third each, standard deviation about 46
         assert count == pytest.approx(400, abs=150)
     # The last episode of each dataset is held out.
@@ -273,7 +278,7 @@ def test_recomputed_blocks_give_the_same_gradients(push, autoencoder, tmp_path):
         model = small_trainee(config, part, latents)
         batch = Batches([part], [latents], config).of(np.array([0, 1]))
         torch.manual_seed(3)
-        sizes = world_model.config_of(model, [part], config)
+        sizes = world_model.config_of(model, [part], autoencoder_of(autoencoder))
         training_loss(model, batch, config, sizes, False)["loss"].backward()
         grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
     assert max(float(g.abs().max()) for g in grads[0].values()) > 1e-3
@@ -291,7 +296,7 @@ def test_counted_flops_are_those_of_torch(push, autoencoder, tmp_path, sink, win
     model = small_trainee(config, part, latents)
     batch = Batches([part], [latents], config).of(np.array([0, 1]))
     sizes = dataclasses.replace(
-        world_model.config_of(model, [part], config), sink=sink, window=window
+        world_model.config_of(model, [part], autoencoder_of(autoencoder)), sink=sink, window=window
     )
     with FlopCounterMode(display=False) as counter:
         training_loss(model, batch, config, sizes, False)["loss"].backward()
@@ -418,6 +423,8 @@ def test_sharded_training_is_plain_training_and_resumes(push, autoencoder, tmp_p
     assert moved == 4 and (folders["whole"] / "samples/000003.mp4").stat().st_size > 500
     refused = launch(script, 2, folders["plain"], push, autoencoder, "fsdp", 6, "no")
     assert "holds a run that was not sharded" in refused.stderr
+    plain = launch(script, 1, folders["whole"], push, autoencoder, "plain", 6, "no")
+    assert "holds a sharded run; go on with --fsdp" in plain.stderr
     alone = launch(script, 1, tmp_path / "one", push, autoencoder, "fsdp", 2, "no")
     assert "fsdp needs several processes" in alone.stderr
 

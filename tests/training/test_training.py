@@ -27,6 +27,7 @@ from worldloop.training import autoencoder as ae
 from worldloop.training import samples, starting, world_loss, world_model
 from worldloop.training.common import EMA, learning_rate
 from worldloop.training.data import fit_action_spec, load_arrays, object_weight
+from worldloop.training.latents import autoencoder_of
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.types import ActionSpec, Episode
 
@@ -305,7 +306,7 @@ def trainee(dataset: Path, autoencoder: Path, out: Path, **changes):
 
 def test_the_world_model_overfits(dataset, autoencoder, tmp_path):
     model, batches, config, data = trainee(dataset, autoencoder, tmp_path, lr=5e-3, lr_vectors=5e-3)
-    sizes = world_model.config_of(model, [data], config)
+    sizes = world_model.config_of(model, [data], autoencoder_of(autoencoder))
     optimizer = MuonAdamW(model, config)
     batch = batches.of(np.array([0, 1]))
     losses = []
@@ -369,9 +370,9 @@ def test_what_is_trained_is_what_generates(
         dataset, autoencoder, tmp_path, pure_noise=1.0, reward_shift=0
     )
     randomise(model)
-    sizes = world_model.config_of(model, [data], config)
+    sizes = world_model.config_of(model, [data], autoencoder_of(autoencoder))
     sizes = dataclasses.replace(sizes, sink=sink, window=window)
-    world = world_model.world_of(model, sizes, autoencoder, 0).eval()
+    world = world_model.world_of(model, sizes, autoencoder_of(autoencoder), 0).eval()
     seen = []
     model.reward.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     state = world.start(data.frames[:2, :1, None], data.states[:2, 0], (3, 4))
