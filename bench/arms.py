@@ -6,6 +6,8 @@ Shape letters: B rows (episodes).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +128,19 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
 
 
 @torch.inference_mode()
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 convolutions and products without TF32: a gate is about algorithms, not digits."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
 def gate(
     plain: WorldModel, world: WorldModel, network: PublishedDiT, procedure: bool
 ) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from worldloop.bench.arms import (
     Arm,
     Episodes,
     VAECost,
+    exact_products,
     gate,
     require_compiled_equal,
     require_equal,
@@ -228,7 +229,8 @@ def bench(config: RolloutBench) -> dict[str, Any]:
     plain = bench_world(preset, config.picture, device, torch.float32)
     networks = {"A1": PublishedDiT(plain.dit)}
     world = wrap_world(plain, backend, attention=config.attention)
-    found_gate = gate(plain, world, networks["A1"], config.gate_procedure)
+    with exact_products():
+        found_gate = gate(plain, world, networks["A1"], config.gate_procedure)
     require_equal(found_gate, torch.float32)
     print(f"gate, fp32: {found_gate}", flush=True)
     parity = found_gate

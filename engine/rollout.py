@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -148,16 +148,26 @@ def _ask_at_once(call: Answer) -> Answer:
 def _asking(device: torch.device) -> Iterator[Ask]:
     """The policy is called in a thread of its own; on a GPU, on a stream of its own."""
     kind = device.type
-    # A thread starts without its parent's autocast.
-    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    stream = torch.cuda.Stream(device) if kind == "cuda" else None
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    stream = _policy_stream(device) if kind == "cuda" else None
+
+    def begin() -> None:
+        # A thread starts without its parent's autocast. It is never left, or the weights that it
+        # has cast would be cast anew at each call.
+        torch.autocast(kind, dtype, enabled=enabled).__enter__()
 
     def within(call: Answer) -> PolicyAction:
-        with torch.autocast(kind, autocast[1], enabled=autocast[0]), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             return call()
 
-    with ThreadPoolExecutor(1, "policy") as pool:
+    with ThreadPoolExecutor(1, "policy", initializer=begin) as pool:
         yield lambda call: pool.submit(within, call).result
+
+
+@cache
+def _policy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rollouts: what an allocator keeps for a stream serves no other one."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

@@ -425,6 +425,8 @@ class WorldModel(nn.Module):
             tensors = {k: tensor.clone() for k, tensor in checkpoint.parts.pop(part).items()}
             load_into(getattr(world, part), tensors, f"{where} ({part})")
         world.to(device=device, dtype=dtype)
+        if device.type == "cuda":  # the order in which its kernels are fast
+            world.autoencoder.channels_last()
         return world.eval()
 
     @classmethod
