@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from worldloop.bench import timing
+from worldloop.bench.arms import relative_l2
 from worldloop.bench.worlds import (
     VAEWork,
     bench_world,
@@ -58,10 +58,6 @@ class VAEBench:
         positive(self, "repeats", "threads", "window")
         if min(self.batches) < 1:
             raise UserError("batches must be at least 1")
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def gate(world: WorldModel, dtype: torch.dtype) -> dict[str, float]:

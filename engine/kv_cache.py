@@ -36,7 +36,7 @@ class KVRing:
     """A handle on the ring after `frames` latent frames.
 
     `append` writes into the shared storage and returns the next handle; the handle it was called
-    on is spent, and using it raises. `fork`, `select` and `join` copy.
+    on is spent, and using it raises. `select` and `join` copy.
     """
 
     sink: int
@@ -145,12 +145,6 @@ class KVRing:
         self.storage.frames += frames
         return dataclasses.replace(self, frames=self.frames + frames)
 
-    def fork(self, n: int) -> "KVRing":
-        """Each row n times: row b becomes rows b*n .. b*n+n-1 of a new ring."""
-        if n < 1:
-            raise UserError(f"fork: n is {n}; expected at least 1")
-        return self._copied(lambda tensor: tensor.repeat_interleave(n, dim=0))
-
     def select(self, rows: Sequence[int]) -> "KVRing":
         """A new ring of the given rows, in that order (repeats allowed)."""
         if not rows or not all(0 <= row < self.rows for row in rows):
@@ -191,7 +185,7 @@ class KVRing:
         if self.frames != self.storage.frames:
             raise UserError(
                 f"KVRing: this handle is of frame {self.frames}, its storage already holds "
-                f"{self.storage.frames}; use the ring that append returned, or fork before"
+                f"{self.storage.frames}; use the ring that append returned, or select before"
             )
 
     def _frames_of(self, kv: Sequence[KV]) -> int:

@@ -70,14 +70,6 @@ class Stream:
         index = index.to((self.encoder or self.decoder)[0].device)
         return self.map(lambda slot: _like(slot.index_select(0, index), slot))
 
-    def fork(self, n: int) -> Stream:
-        """n copies of each clip: row b becomes rows b*n .. b*n+n-1. The original stays valid."""
-        if n < 1:
-            raise ValueError(f"n: a stream is forked into at least 1 copy, got {n}")
-        if not (self.encoder or self.decoder):
-            return Stream(batch=None if self.batch is None else self.batch * n)
-        return self.map(lambda slot: _like(slot.repeat_interleave(n, dim=0), slot))
-
     @staticmethod
     def cat(streams: Sequence[Stream]) -> Stream:
         """One stream over the clips of all `streams`.
@@ -387,7 +379,7 @@ class WanVAE(nn.Module):
         if stream.batch is not None and stream.batch != x.shape[0]:
             raise ValueError(
                 f"{name}: {x.shape[0]} clips, but the stream holds {stream.batch}; "
-                "fork or select it first"
+                "select its rows first"
             )
         x = x.to(self.conv2.weight.dtype)
         for what, of in (("size", lambda t: list(t.shape[3:])), ("dtype", lambda t: t.dtype)):

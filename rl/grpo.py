@@ -357,7 +357,7 @@ def _train(config: GRPOConfig) -> Path:
     _forget_others(config, grpo, step)
     grpo.send_weights()
     alarm = make_alarm(config, grpo)
-    run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
+    run = Run(config.out, config, resume_step=step or None)
     if step == 0:
         keep(config, policy, 0)
         first = {}

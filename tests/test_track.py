@@ -74,13 +74,10 @@ def test_the_commit_is_this_checkouts_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert track.git_commit() == f"worldloop {__version__}"
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
+def test_a_run_that_is_not_resumed_begins_anew(tmp_path: Path) -> None:
     with Run(tmp_path, Config(), tensorboard=False) as run:
         run.log(1)
-    with pytest.raises(UserError, match="holds a run already"):
-        Run(tmp_path, Config(), tensorboard=False)
-    assert steps(tmp_path) == [1]
-    Run(tmp_path, Config(), overwrite=True, tensorboard=False).close()
+    Run(tmp_path, Config(), tensorboard=False).close()
     assert steps(tmp_path) == []
 
 

@@ -220,7 +220,7 @@ def train(config: AutoencoderConfig) -> Path:
     )
     ema = EMA(model, config.ema)
     step = load_state(config.out / "state", model, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None, overwrite=True)
+    run = Run(config.out, config, resume_step=step or None)
     rng = np.random.default_rng(7)
     held_groups, _ = groups_of(parts, sample(parts, config, rng, 64, held_out=True))
     held_groups = held_groups.to(device)

@@ -142,7 +142,7 @@ def train(config: DecoderConfig) -> Path:
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.99))
     ema = EMA(student, config.ema)
     step = load_state(config.out / "state", student, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None, overwrite=True)
+    run = Run(config.out, config, resume_step=step or None)
     held = [
         targets_of(teacher, sample_clips(data, trained, len(data), config, [7, i]).to(device), 0.0)
         for i in range(4)

@@ -239,7 +239,7 @@ def _train(config: DistillConfig, teacher: WorldModel, student: Trainee, batches
     device, sizes = next(student.parameters()).device, teacher.config
     optimizer, ema = MuonAdamW(student, config), EMA(student, config.ema)
     step = load_state(config.out / "state", student, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None, overwrite=True)
+    run = Run(config.out, config, resume_step=step or None)
     held = [batch.to(device) for batch in batches.held(8)]
     clock, seen, folder = Clock(), [], config.out / "model"
     ahead = Ahead(lambda n: batches.at(n, 0))

@@ -201,7 +201,7 @@ def train(config: PolicyTraining) -> Path:
         bases = [config.lr_vectors]
     ema = EMA(network, config.ema)
     step = load_state(config.out / "state", network, optimizer, ema)
-    run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
+    run = Run(config.out, config, resume_step=step or None)
     clock, seen = Clock(), []
     with run.progress(config.steps, "policy", unit="step", initial=step) as progress:
         while step < config.steps:

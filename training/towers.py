@@ -156,7 +156,7 @@ def train(config: TowersTraining) -> Path:
     optimizer = MuonAdamW(model, config)
     ema = EMA(model, config.ema)
     step = load_state(config.out / "state", model, optimizer, ema)
-    run = Run(config.out, config, resume_step=step if step else None, overwrite=not step)
+    run = Run(config.out, config, resume_step=step or None)
     clock, seen = Clock(), []
     with run.progress(config.steps, "towers", unit="step", initial=step) as progress:
         while step < config.steps:

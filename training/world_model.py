@@ -230,7 +230,7 @@ class _Training:
 
     def run(self) -> Path:
         config, workers = self.config, self.workers
-        run = Run(config.out, config, resume_step=self.step or None, overwrite=True)
+        run = Run(config.out, config, resume_step=self.step or None)
         ceiling = matmul_ceiling(self.device, config.precision) if workers.rank == 0 else 1.0
         ahead = Ahead(lambda step: self.batches.at(step, workers.rank))
         clock, time, seen, flops = Clock(), StepTime(self.device), [], 0

@@ -120,11 +120,12 @@ class Progress:
 
 
 class Run:
-    """A run folder.  `resume_step=N` goes on after step N: later rows are dropped first."""
+    """A run folder. `resume_step=N` goes on after step N: later rows are dropped first, all of them
+    without it."""
 
     def __init__(
         self, folder: PathLike, config: Any, *, resume_step: int | None = None,
-        overwrite: bool = False, tensorboard: bool = True,
+        tensorboard: bool = True,
     ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self.writes = rank() == 0
@@ -134,7 +135,7 @@ class Run:
         if not self.writes:
             return
         plain = dict(config) if isinstance(config, Mapping) else config_to_dict(config)
-        self._time_before = self._open_rows(resume_step, overwrite)
+        self._time_before = self._open_rows(resume_step)
         self._save_config(plain, resume_step)
         self._start = time.monotonic()
         if tensorboard:
@@ -147,18 +148,12 @@ class Run:
         """The file of one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
-    def _open_rows(self, resume_step: int | None, overwrite: bool) -> float:
+    def _open_rows(self, resume_step: int | None) -> float:
         """Open metrics.jsonl for appending; returns the seconds spent by earlier processes."""
         path = self.metrics_path
         kept: list[dict[str, Any]] = []
-        if path.is_file() and path.stat().st_size > 0:
-            if resume_step is not None:
-                kept = [row for row in read_rows(path) if row["step"] <= resume_step]
-            elif not overwrite:
-                raise UserError(
-                    f"{self.folder}: holds a run already; resume it, overwrite it, or choose "
-                    "another folder"
-                )
+        if path.is_file() and resume_step is not None:
+            kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write_bytes(path, text.encode("utf-8"))
         self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
