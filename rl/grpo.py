@@ -260,6 +260,7 @@ class GRPO:
                 f"too uniform (imagined success {found.success:.0%}: nearly every episode {what}); "
                 "give starts or a policy of middling difficulty, or widen accuracy_low/high"
             )
+        expected = {"expected_success": self.chooser.success()} if config.likely_mixed else {}
         self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
         advantages = group_advantages(rollout.success, rollout.group_id)
@@ -272,6 +273,7 @@ class GRPO:
         self.send_weights()
         return {
             "imagined_success": found.success,
+            **expected,
             "group_yield": found.mixed / found.groups_tried,
             "groups": found.mixed,
             "rounds_groups": found.groups_tried,

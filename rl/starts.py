@@ -104,6 +104,11 @@ class StartChooser:
         wins = success_GM.sum(1)
         np.add.at(self.counts_N2, rows_G, np.stack([wins, success_GM.shape[1] - wins], 1))
 
+    def success(self) -> float:
+        """Mean expected success over all starts; that of the drawn ones leans to the middle."""
+        wins_N, losses_N = self.counts_N2.T
+        return float(((1 + wins_N) / (2 + wins_N + losses_N)).mean())
+
     def fade(self) -> None:
         """The policy has changed: what is known of it is worth less."""
         self.counts_N2 *= FADE

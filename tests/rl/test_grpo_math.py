@@ -142,6 +142,8 @@ def test_likely_starts_are_mixed_more_often_than_uniform_ones_and_none_is_forgot
             chooser.fade()
             last[rows] = step
         yields.append(kept / 600)
+        if mixed:  # of all starts, not of the drawn ones
+            assert chooser.success() == pytest.approx(p.mean(), abs=0.1)
         assert last.min() >= 20, "the policy learns: a hopeless start is tried again"
     assert yields[0] == pytest.approx(0.4 * 0.97, abs=0.05)
     assert yields[1] > yields[0] + 0.25
