@@ -260,7 +260,8 @@ class GRPO:
                 f"too uniform (imagined success {found.success:.0%}: nearly every episode {what}); "
                 "give starts or a policy of middling difficulty, or widen accuracy_low/high"
             )
-        expected = {"expected_success": self.chooser.success()} if config.likely_mixed else {}
+        likely = self.config.likely_mixed
+        expected = {"expected_success": self.chooser.success()} if likely else {}
         self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
         advantages = group_advantages(rollout.success, rollout.group_id)

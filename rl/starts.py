@@ -105,9 +105,13 @@ class StartChooser:
         np.add.at(self.counts_N2, rows_G, np.stack([wins, success_GM.shape[1] - wins], 1))
 
     def success(self) -> float:
-        """Mean expected success over all starts; that of the drawn ones leans to the middle."""
+        """Mean success over all starts; that of the drawn ones leans to the middle.
+
+        Each start's own, drawn towards the mean by the weight of one episode.
+        """
         wins_N, losses_N = self.counts_N2.T
-        return float(((1 + wins_N) / (2 + wins_N + losses_N)).mean())
+        count_N = wins_N + losses_N
+        return float((wins_N / (count_N + 1)).sum() / (count_N / (count_N + 1)).sum())
 
     def fade(self) -> None:
         """The policy has changed: what is known of it is worth less."""
