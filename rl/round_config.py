@@ -31,8 +31,9 @@ class FineTune:
     held_out: int = 16
     """Last episodes of SANS, which are the policy's newest; never trained on."""
     save_every: int = 40
-    arm_steps: int = 0
-    """0: keep the arm of the pretrained world model."""
+    arm_steps: int = 3000
+    """Steps of fitting the arm anew; the pretrained one stays where it ends nearer on held-out
+    episodes. 0: keep that."""
     pose_head_steps: int = 0
     threads: int = 1
     processes: int = 1

@@ -132,24 +132,34 @@ def arm_of(
     start: dict[str, dict[str, Tensor]] | None,
     workers: Workers,
 ) -> Arm | None:
-    """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None."""
+    """Fitted on this data once a run and kept in ``out/arm``; or that of ``init``; or None.
+
+    Of a fitted one and that of ``init`` the one that ends nearer on held-out episodes.
+    """
     spec, folder = parts[0].action_spec, config.out / "arm"
     known = base is not None and base.arm is not None
     if spec.kind != "delta_pose" or (config.arm_steps == 0 and not known):
         return None
     if workers.rank == 0 and not (folder / "config.json").is_file():
-        if config.arm_steps == 0:
+        candidates = {}
+        if known:
             assert base is not None and base.arm is not None and start is not None
-            arm = Arm(base.arm)
-            load_into(arm, start["arm"], f"{config.init} (arm)")
-        else:
-            arm = fit_arm(
+            candidates["that of init"] = Arm(base.arm)
+            load_into(candidates["that of init"], start["arm"], f"{config.init} (arm)")
+        if config.arm_steps:
+            candidates["fitted"] = fit_arm(
                 pool_paths(parts, config.held_out),
                 sum(map(len, parts)) - config.held_out * len(parts),
                 config.arm_steps, config.seed,
             )  # fmt: skip
-        linear, fitted = off_at_the_end(arm, parts, latents, config.held_out)
-        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, fitted {fitted:.1f} mm")
+        off = {
+            name: off_at_the_end(arm, parts, latents, config.held_out)
+            for name, arm in candidates.items()
+        }
+        chosen = min(off, key=lambda name: off[name][1])
+        arm, (linear, fitted) = candidates[chosen], off[chosen]
+        told = ", ".join(f"{name} {mm:.1f} mm" for name, (_, mm) in off.items())
+        print(f"arm: {linear:.1f} mm off at the end of held-out episodes, {told}; kept: {chosen}")
         if config.pose_head_steps:
             seeing = fit_pose_head(
                 arm, parts, latents, config.held_out, config.pose_head_steps, config.seed

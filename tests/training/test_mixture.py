@@ -1,5 +1,6 @@
 """World-model training beyond one dataset: mixtures, broken data, starts, sharding."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -116,6 +117,26 @@ def test_a_mixture_is_trained_recorded_and_fine_tuned(push, stack, autoencoder, 
     )))  # fmt: skip
     assert tuned.action_spec.pose_mean == world.action_spec.pose_mean
     assert [t.env_id for t in tuned.config.tasks] == ["PushCube-v1", "StackCube-v1"]
+
+
+def test_of_two_arms_the_one_that_ends_nearer_is_kept(
+    push, autoencoder, tmp_path, monkeypatch, capsys
+):
+    first = training((push,), autoencoder, tmp_path / "a", arm_steps=40, steps=1)
+    world = WorldModel.from_pretrained(world_model.train(first))
+    good, bad = world.arm, copy.deepcopy(world.arm)
+    bad.linear.data.mul_(3)
+    for name, known, fitted in (("fitted", bad, good), ("that of init", good, bad)):
+        world.arm = known
+        init = world.save(tmp_path / f"{name}-init")
+        monkeypatch.setattr(starting, "fit_arm", lambda *_, fitted=fitted: copy.deepcopy(fitted))
+        config = training(
+            (push,), autoencoder, tmp_path / name, init=init, width=None, depth=None, arm_steps=1,
+            steps=1,
+        )  # fmt: skip
+        kept = WorldModel.from_pretrained(world_model.train(config)).arm
+        torch.testing.assert_close(kept.linear, good.linear)
+        assert f"kept: {name}" in capsys.readouterr().out
 
 
 def test_episodes_begin_later_too_but_are_never_watched_there(push, stack, autoencoder, tmp_path):
