@@ -441,7 +441,7 @@ def test_unfit_latents_and_configs_raise() -> None:
         vae.decode(noise(1, 4, 0, 1, 1))
     with pytest.raises(ValueError, match="only"):
         vae.decode(noise(1, 4, 1, 1, 1), only="first")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="fork or select"):
+    with pytest.raises(ValueError, match="select its rows first"):
         vae.decode(noise(2, 4, 1, 1, 1), vae.new_stream(3))
     with pytest.raises(ValueError, match="latent_mean"):
         WanVAEConfig(latent_channels=4)
