@@ -127,7 +127,6 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@torch.inference_mode()
 @contextmanager
 def exact_products() -> Iterator[None]:
     """fp32 convolutions and products without TF32: a gate is about algorithms, not digits."""
@@ -141,6 +140,7 @@ def exact_products() -> Iterator[None]:
         cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
+@torch.inference_mode()  # with gradients the engine's back end would not run
 def gate(
     plain: WorldModel, world: WorldModel, network: PublishedDiT, procedure: bool
 ) -> dict[str, Any]:

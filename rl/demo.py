@@ -35,7 +35,8 @@ from worldloop.metrics import (
     psnr_of_mse,
     wilson_interval,
 )
-from worldloop.rl.grpo import GRPO, TINY
+from worldloop.rl.grpo import GRPO
+from worldloop.rl.grpo_config import TINY
 from worldloop.rl.held_out import (
     HeldOut,
     actions_only,

@@ -27,7 +27,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,11 @@ import torch
 
 from worldloop.checkpoint import load_training_state, resolve_pretrained, save_training_state
 from worldloop.cli import parse_config
-from worldloop.config import config_to_dict, positive
+from worldloop.config import config_to_dict
 from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
-from worldloop.engine.policy.vla import TEMPERATURE, TokenPolicy, VLAPolicy
-from worldloop.engine.precision import PRECISIONS, autocast, device_of, takes_bf16
+from worldloop.engine.policy.vla import TokenPolicy, VLAPolicy
+from worldloop.engine.precision import autocast, device_of, takes_bf16
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
@@ -49,107 +49,13 @@ from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
 from worldloop.ledger import checkpoint_sha256
 from worldloop.rl.advantage import group_advantages, mixed_groups
-from worldloop.rl.alarm import Alarm, AlarmConfig, last_trusted, stopped
-from worldloop.rl.learner import Experience, Learner, LearnerConfig
+from worldloop.rl.alarm import Alarm, last_trusted, stopped
+from worldloop.rl.grpo_config import PRESETS, GRPOConfig
+from worldloop.rl.learner import Experience, Learner
 from worldloop.rl.starts import StartChooser, load_starts, starts_sha256
 from worldloop.rollout_io import load_rollout, save_rollout
 from worldloop.track import Run
 from worldloop.types import Rollout, Starts
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """GRPO inside a world model; run it again to resume. Defaults are SimpleVLA-RL's."""
-
-    out: Path
-    policy: str = "policy/pushcube"
-    """Shipped name, checkpoint folder or hub id of the policy to improve."""
-    actor: str = "inprocess"
-    """Where rollouts sample: "inprocess" (the learner's own weights), "vllm" (an engine in this
-    process), or the address of `worldloop serve policy`. Weights are sent after every step."""
-    actor_memory: float = 0.3
-    """Share of the GPU's memory for actor vllm, beside world model and learner."""
-    world: str = "tiny"
-    """Shipped preset, checkpoint folder or hub id of the world model."""
-    starts: Path | None = None
-    """Dataset whose first frames episodes start from; without it the shipped episodes."""
-    steps: int = 100
-    """Iterations of rollout and update."""
-    groups: int = 64
-    """Mixed groups wanted a step."""
-    group_size: int = 8
-    horizon: int = 72
-    """Actions an episode; a multiple of the world model's chunk."""
-    temperature: float = TEMPERATURE
-    coherence: float = 0.0
-    """Correlation of an action dimension's draws from step to step (`vla.uniform_draws`)."""
-    world_steps: int = 4
-    """Denoising steps of the world model."""
-    share_noise: bool = False
-    """Whether a group's members share the world's noise (then only their actions differ)."""
-    accuracy_low: float = 0.1
-    accuracy_high: float = 0.9
-    """Mean success of a group that is trained on."""
-    likely_mixed: bool = False
-    """Draw starts by the chance that their group is mixed, from what was imagined of them
-    (`starts.StartChooser`), instead of uniformly."""
-    rounds: int = 8
-    """Most refill rounds a step; what is there by then is trained on."""
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    alarm: AlarmConfig = field(default_factory=AlarmConfig)
-    """Replays imagined episodes in truth every few steps, and stops a run that fools itself."""
-    seed: int = 0
-    max_batch: int = 64
-    """Most episodes imagined at once."""
-    overlap: bool = False
-    """The policy acts for one half of them while the world model imagines the other half."""
-    evaluate_every: int = 10
-    """Steps between greedy rollouts from the held-out starts (and a sample video); 0: never."""
-    evaluate_starts: int = 32
-    """Last start frames of the dataset, never trained on."""
-    keep_every: int = 10
-    """Steps between policies that are kept (out/policies/STEP)."""
-    wandb: str | None = None
-    """Project at Weights & Biases that the metrics go to as well."""
-    threads: int = 1
-    device: str = "cpu"
-    precision: str = "fp32"
-    """Of world model and policy: fp32, bf16, or auto: bf16 where the machine is fast in it (the
-    learner's weights stay fp32)."""
-    backend: str = "eager"
-    """How the world model is run (`engine.backends`): eager, compiled, cudagraph, tensorrt ..."""
-
-    def __post_init__(self) -> None:
-        positive(self, "steps", "groups", "rounds", "max_batch", "threads", "keep_every")
-        if self.group_size < 2:
-            raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
-        if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:
-            raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; sampling needs more than 0")
-        if not 0 <= self.coherence < 1:
-            raise UserError(f"coherence is {self.coherence}; expected at least 0 and below 1")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision is {self.precision!r}; expected auto, bf16 or fp32")
-
-
-TINY = GRPOConfig(
-    out=Path("runs/grpo-tiny"),
-    groups=8,
-    horizon=48,
-    temperature=0.7,  # at 1.6 a policy of 48 demonstrations succeeds in 5 % instead of 36 %
-    world_steps=1,
-    steps=20,
-    precision="auto",
-    learner=LearnerConfig(
-        lr=2e-4, warmup=10, cooldown=0.4, mini_batch=32, epochs=2, old_logprobs="rollout"
-    ),
-)
-
-PRESETS: dict[str, tuple[str, GRPOConfig]] = {
-    "simplevla": ("SimpleVLA-RL's settings for LIBERO", GRPOConfig(out=Path("runs/grpo"))),
-    "tiny": ("the shipped tiny models on two CPU cores", TINY),
-}
 
 
 class Saturated(UserError):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from worldloop.errors import UserError
-from worldloop.files import another_alive, atomic_write_text, disk_error
+from worldloop.files import atomic_write_text, disk_error, left_behind
 from worldloop.metrics import Comparison
 from worldloop.rl.charts import psnr_chart
 from worldloop.rl.pictures import Pair, outcome
@@ -186,7 +186,7 @@ def _sweep(out: Path) -> None:
     """Clear up after killed runs: their new folders go, a report they had moved aside returns."""
     for path in out.parent.glob(f".{out.name}.*"):
         process, _, kind = path.name.removeprefix(f".{out.name}.").partition(".")
-        if not process.isdigit() or kind not in ("tmp", "old") or another_alive(int(process)):
+        if kind not in ("tmp", "old") or not left_behind(process):
             continue
         if kind == "old" and not out.exists():
             path.rename(out)

@@ -10,7 +10,7 @@ from worldloop.config import config_to_dict, positive
 from worldloop.errors import UserError
 from worldloop.ledger import text_sha256
 from worldloop.rl.alarm import AlarmConfig
-from worldloop.rl.grpo import TINY, GRPOConfig
+from worldloop.rl.grpo_config import TINY, GRPOConfig
 from worldloop.rl.true_env import TrueEnv
 
 # Fields that change how fast a round is, not what comes of it.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
-from worldloop.files import another_alive, disk_error
+from worldloop.files import disk_error, left_behind
 from worldloop.track import Progress
 from worldloop.types import ActionSpec, ControllerFit, Episode
 
@@ -205,9 +205,8 @@ def cached_array(
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        for left in path.parent.glob("*.tmp"):  # of killed processes
-            process = left.suffixes[-2][1:] if len(left.suffixes) > 1 else ""
-            if process.isdigit() and not another_alive(int(process)):
+        for left in path.parent.glob("*.*.tmp"):
+            if left_behind(left.name.split(".")[-2]):
                 left.unlink(missing_ok=True)
         out: Any = None  # a memory map
         with Progress(count, title, unit="ep") as progress:

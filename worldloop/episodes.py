@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from worldloop.config import config_from_dict, config_to_dict, read_json
 from worldloop.errors import UserError
-from worldloop.files import another_alive, atomic_write_text, disk_error, fsync_path
+from worldloop.files import atomic_write_text, disk_error, fsync_path, left_behind
 from worldloop.lerobot import (
     DATA,
     EPISODES,
@@ -203,8 +203,8 @@ class EpisodeWriter:
         """Remove what killed writers of this machine left; the lock is held."""
         for folder in self.root.glob(f"{_STAGING}*"):
             number = folder.name.removeprefix(_STAGING)
-            own = number == str(os.getpid())  # what this writer is about to add
-            if number.isdigit() and not own and not another_alive(int(number)):
+            # Our own is what this writer is about to add.
+            if number != str(os.getpid()) and left_behind(number):
                 shutil.rmtree(folder, ignore_errors=True)
         for file in (self.root / "meta").glob(".*.tmp"):  # only lock holders write these
             file.unlink(missing_ok=True)

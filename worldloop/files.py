@@ -76,20 +76,20 @@ def file_sha256(path: PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def another_alive(number: int) -> bool:
-    """Whether another process, of this number, runs on this machine.
+def left_behind(number: str) -> bool:
+    """Whether what bears this process number was left by a process that is no more.
 
-    What bears our own number was left by an earlier process (in a container they repeat).
+    Our own number is that of an earlier process, too: in a container they repeat.
     """
-    if number == os.getpid():
-        return False
+    if not number.isdigit() or number == str(os.getpid()):
+        return number.isdigit()
     try:
-        os.kill(number, 0)
+        os.kill(int(number), 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        return False
+    return False
 
 
 @contextmanager
@@ -104,8 +104,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         for left in final.parent.glob(f".{final.name}.*.tmp"):  # by killed processes
-            process = left.name.removeprefix(f".{final.name}.").removesuffix(".tmp")
-            if process.isdigit() and not another_alive(int(process)):
+            if left_behind(left.name.removeprefix(f".{final.name}.").removesuffix(".tmp")):
                 shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary

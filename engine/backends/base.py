@@ -76,8 +76,8 @@ class Calls:
         self.build = build
         self.buckets = buckets
         self.built: dict[Hashable, Call] = {}
-        self._resident = None if room is None else Resident(room, self.built.clear)
-        self._padded = _Padded() if self._resident is None else self._resident
+        self._resides = room is not None
+        self._history = _Padded() if room is None else Resident(room, self.built.clear)
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class Calls:
             return tuple(torch.cat(results) for results in zip(*parts, strict=True))
         bucket = next(b for b in self.buckets if b >= rows)
         padded = [_pad(t, bucket) for t in batched[:fresh]]
-        padded += self._padded(batched[fresh:], bucket)
+        padded += self._history(batched[fresh:], bucket)
         out = self._run(kind, module, padded, shared, range(fresh, len(padded)))
         return tuple(t[:rows] for t in out)
 
@@ -122,7 +122,7 @@ class Calls:
         autocast = torch.is_autocast_enabled(tensors[0].device.type)
         key = (kind, autocast, *map(facts_of, tensors))
         if key not in self.built:
-            fixed = {} if self._resident is None else {"fixed": lasting}
+            fixed = {"fixed": lasting} if self._resides else {}
             self.built[key] = self.build(module(), tensors, **fixed)
         return self.built[key](*tensors)
 

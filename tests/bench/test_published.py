@@ -17,6 +17,7 @@ from worldloop.bench.worlds import (
     streaming_flops,
     vae_flops,
 )
+from worldloop.engine.backends import wrap_world
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.light_vae import LightVAEConfig
 from worldloop.engine.reward import RewardConfig
@@ -61,6 +62,14 @@ def test_published_procedure_equals_the_engine(dit, autoencoder):
     assert (after.poses == engine_after.poses).all() and after.chunk == engine_after.chunk == 1
     assert (after.past_actions == engine_after.past_actions).all()
     assert relative_l2(after.last_latent, engine_after.last_latent) <= 0.02  # a level of a pixel
+
+
+def test_the_gate_looks_at_the_back_end():
+    """With gradients a wrapped network runs as it was; then the gate would compare nothing."""
+    plain = small_world(PLAIN, LIGHT)
+    wrapped = wrap_world(plain, "eager")
+    gate(plain, wrapped, PublishedDiT(plain.dit), procedure=False)
+    assert wrapped.dit.calls.built and wrapped.autoencoder.calls.built
 
 
 def test_the_arms_share_their_weights_and_see_each_change():

@@ -29,7 +29,7 @@ from worldloop.engine.world_model import WorldModel, WorldModelConfig, WorldStat
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.rl.alarm import AlarmConfig
-from worldloop.rl.grpo import GRPOConfig
+from worldloop.rl.grpo_config import GRPOConfig
 from worldloop.rl.learner import LearnerConfig
 from worldloop.rl.round_config import FineTune, RoundConfig
 from worldloop.rl.true_env import TrueEnv

@@ -20,7 +20,8 @@ from worldloop.errors import UserError
 from worldloop.metrics import held_steps
 from worldloop.rl import grpo as module
 from worldloop.rl.alarm import AlarmConfig, check_steps, head_verdict, load_check
-from worldloop.rl.grpo import GRPOConfig, train
+from worldloop.rl.grpo import train
+from worldloop.rl.grpo_config import GRPOConfig
 from worldloop.rl.learner import LearnerConfig
 from worldloop.rl.starts import load_starts
 from worldloop.rl.true_env import TrueEnv

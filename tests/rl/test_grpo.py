@@ -21,7 +21,8 @@ from worldloop.rl import demo
 from worldloop.rl import grpo as module
 from worldloop.rl.advantage import group_advantages
 from worldloop.rl.demo import DemoConfig
-from worldloop.rl.grpo import GRPO, GRPOConfig, train
+from worldloop.rl.grpo import GRPO, train
+from worldloop.rl.grpo_config import GRPOConfig
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
 from worldloop.rl.report import grpo_line
 
@@ -215,7 +216,8 @@ def test_a_policy_that_always_succeeds_ends_the_run(at_home, small_world, monkey
         )
 
 
-def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monkeypatch):
+def failed_at_step_0(at_home, small_world, monkeypatch) -> GRPOConfig:
+    """Of a run whose rounds are on disk, and in which no episode succeeded."""
     config = config_of(at_home, groups=4, accuracy_low=0.1, accuracy_high=0.9, rounds=2)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -223,6 +225,11 @@ def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monke
         )
         with pytest.raises(UserError, match="too uniform"):
             train(config)
+    return config
+
+
+def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monkeypatch):
+    config = failed_at_step_0(at_home, small_world, monkeypatch)
     rounds = config.out / "rollouts/000000"
     assert len(list(rounds.iterdir())) == 2
     with pytest.raises(UserError, match="too uniform"):
@@ -234,13 +241,7 @@ def test_rounds_of_other_settings_are_not_trained_on(at_home, small_world, monke
 def test_rounds_of_other_weights_at_the_same_path_are_not_trained_on(
     at_home, small_world, small_policy, monkeypatch
 ):
-    config = config_of(at_home, groups=4, accuracy_low=0.1, accuracy_high=0.9, rounds=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            small_world, "config", dataclasses.replace(small_world.config, reward_threshold=1.0)
-        )
-        with pytest.raises(UserError, match="too uniform"):
-            train(config)
+    config = failed_at_step_0(at_home, small_world, monkeypatch)
     shutil.rmtree(at_home / "policy")
     policy = small_policy()
     with torch.no_grad():

@@ -253,7 +253,8 @@ def test_serve_policy_end_to_end(local, folder, tmp_path):
 
 def test_grpo_samples_from_vllm_with_the_learner_s_weights(tmp_path):
     from worldloop.engine.world_model import WorldModel
-    from worldloop.rl.grpo import GRPO, GRPOConfig
+    from worldloop.rl.grpo import GRPO
+    from worldloop.rl.grpo_config import GRPOConfig
     from worldloop.rl.learner import LearnerConfig
     from worldloop.rl.starts import load_starts
 
