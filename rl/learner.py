@@ -1,7 +1,8 @@
 """What GRPO does with finished rollouts: recompute log-probabilities, take clipped steps.
 
-The unit of a forward pass is one *decision*: an episode's frame before a chunk and the chunk's
-tokens. Frames stay uint8 until the moment they are needed.
+The unit of training is one *decision*: an episode's frame before a chunk and the chunk's tokens.
+The unit of a forward pass is what decisions *see*: a group's members begin alike, so their first
+decisions are one pass and many tokens. Frames stay uint8 until the moment they are needed.
 
 Shape letters: B episodes, T actions of an episode, K decisions, C actions of a chunk, A action dim.
 """
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from worldloop.config import positive
-from worldloop.engine.policy.vla import VLAPolicy
+from worldloop.engine.policy.vla import VLAPolicy, distinct
 from worldloop.errors import UserError
 from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
 from worldloop.types import Rollout
@@ -42,7 +43,7 @@ class LearnerConfig:
     mini_batch: int = 128
     """Most episodes an optimizer step; an iteration's are shared out evenly."""
     micro_batch: int = 16
-    """Decisions a forward pass; gradients add up over them."""
+    """Different pictures a forward pass; gradients add up over them."""
     epochs: int = 1
     old_logprobs: str = "recompute"
     """What the ratio is measured from: "recompute" (one more pass with the learner's own
@@ -111,9 +112,15 @@ class Learner:
         b, k = np.nonzero(starts)
         return np.stack([rows[b], k], 1)
 
-    def _micro_batches(self, decisions: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-        for i in range(0, len(decisions), self.config.micro_batch):
-            yield decisions[i : i + self.config.micro_batch]
+    def _micro_batches(
+        self, e: Experience, rows: npt.NDArray[np.int64]
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """The decisions of these episodes, those that see the same in one part."""
+        decisions = self._decisions(e, rows)
+        b, k = decisions.T
+        _, which = distinct(e.frames[b, k], [e.instructions[i] for i in b])
+        for part in range(-(-(which.max(initial=-1) + 1) // self.config.micro_batch)):
+            yield decisions[which // self.config.micro_batch == part]
 
     def _forward(
         self, e: Experience, part: npt.NDArray[np.int64]
@@ -139,8 +146,7 @@ class Learner:
         """Log-probabilities [B,T,A] of an experience's tokens by the present weights."""
         out = np.zeros_like(e.logprobs)
         chunk = self.policy.action_spec.chunk
-        every = self._decisions(e, np.arange(len(e.tokens)))
-        for part in self._micro_batches(every):
+        for part in self._micro_batches(e, np.arange(len(e.tokens))):
             values = self._forward(e, part)[0].float().cpu().numpy()
             for (b, k), value in zip(part, values, strict=True):
                 out[b, k * chunk : (k + 1) * chunk] = value
@@ -204,7 +210,7 @@ class Learner:
         """
         sums: dict[str, torch.Tensor] = {}
         largest: dict[str, torch.Tensor] = {}
-        for part in self._micro_batches(self._decisions(e, rows)):
+        for part in self._micro_batches(e, rows):
             logprobs, entropy = self._forward(e, part)
             device = logprobs.device
             weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]

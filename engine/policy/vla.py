@@ -126,7 +126,9 @@ class TokenPolicy(ABC):
     def act(self, observation: Observation, seed: int) -> PolicyAction:
         """Actions, tokens and log-probabilities [B,T,A] for the latest frame of each row."""
         frames = _latest(observation.frames)
-        logits = self.logits(frames, observation.instructions)
+        # Members of a group begin alike: their first chunk is one forward pass and many draws.
+        first, which = distinct(frames, observation.instructions)
+        logits = self.logits(frames[first], [observation.instructions[i] for i in first])[which]
         seeds = [derive_seed(seed, episode) for episode in observation.episodes]
         spec = self.action_spec
         uniform = uniform_draws(seeds, spec.chunk, spec.dim, self.coherence)
@@ -245,11 +247,15 @@ class VLAPolicy(TokenPolicy):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B,T,A] of tokens at the policy's temperature, in nats.
 
-        Differentiable; both over the 256 action bins only (SimpleVLA-RL).
+        Differentiable; both over the 256 action bins only (SimpleVLA-RL). Rows that see the same
+        share one forward and one backward pass (`distinct`): no token is an input of the network.
         """
+        first, which = distinct(frames_BVHW3, instructions)
         logits = self.forward(
-            self.pictures(frames_BVHW3), instructions, checkpoint_blocks=checkpoint_blocks
-        )
+            self.pictures(frames_BVHW3[first]),
+            [instructions[i] for i in first],
+            checkpoint_blocks=checkpoint_blocks,
+        )[which]
         tokens = torch.from_numpy(tokens_BTA).to(logits.device)
         logprobs, entropy = token_logprobs(logits, tokens.flatten(1), self.temperature)
         return logprobs.view(tokens.shape), entropy.view(tokens.shape)
@@ -318,6 +324,19 @@ class VLAPolicy(TokenPolicy):
         statistics = read_statistics(folder, config.suite, action_dim=spec.dim)
         tokenizer = tokenizer_of(folder, network.config)
         return cls(network, config, statistics, temperature=temperature, tokenizer=tokenizer)
+
+
+def distinct(
+    frames_BVHW3: npt.NDArray[np.uint8], instructions: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows that see something new, and for every row which of those it is like: [D] and [B].
+
+    Alike means the same bytes and words; ``frames[first][which]`` are the frames again.
+    """
+    seen: dict[tuple[bytes, str], int] = {}
+    rows = zip(frames_BVHW3, instructions, strict=True)
+    which = np.array([seen.setdefault((f.tobytes(), text), len(seen)) for f, text in rows])
+    return np.unique(which, return_index=True)[1], which
 
 
 # ---------------------------------------------------------------- tokens

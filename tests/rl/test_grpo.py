@@ -24,6 +24,7 @@ from worldloop.rl.demo import DemoConfig
 from worldloop.rl.grpo import GRPO, train
 from worldloop.rl.grpo_config import GRPOConfig
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
+from worldloop.rl.loss import trajectory_weights
 from worldloop.rl.report import grpo_line
 
 LEARN = LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=5)
@@ -79,6 +80,36 @@ def test_gradients_do_not_depend_on_the_micro_batch(small_world, small_policy, p
         grads.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_seen_alike_is_one_forward_pass(small_world, small_policy, pool, monkeypatch):
+    """Three groups of four begin with three pictures: as many rows, and the gradient of twelve."""
+    policy, gradients, rows = small_policy(), [], []
+    e = experience(small_world, policy, pool)
+    e = dataclasses.replace(e, advantages=np.random.default_rng(0).normal(size=12).astype("f"))
+    forward = policy.forward
+
+    def counted(pictures, *args, **options):
+        rows[-1] += len(pictures)
+        return forward(pictures, *args, **options)
+
+    monkeypatch.setattr(policy, "forward", counted)
+    for shared in (True, False):
+        if not shared:
+            for place in ("engine.policy.vla", "rl.learner"):
+                monkeypatch.setattr(
+                    f"worldloop.{place}.distinct", lambda frames, _: [np.arange(len(frames))] * 2
+                )
+        learner = Learner(policy, dataclasses.replace(LEARN, old_logprobs="rollout"))
+        weights = trajectory_weights(e.valid, e.tokens.shape[-1])
+        learner.optimizer.zero_grad()
+        rows.append(0)
+        learner._accumulate(e, np.arange(12), e.logprobs, weights)
+        gradients.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
+    later = int(e.valid[:, policy.action_spec.chunk].sum())
+    assert rows == [3 + later, 12 + later] and later > 0
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, small_policy, pool):
