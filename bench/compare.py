@@ -53,12 +53,11 @@ class Row:
 def rows_of(document: Mapping[str, Any]) -> dict[str, Row]:
     """Every timed row of a bench document, by a label that tells it apart."""
     found: dict[str, Row] = {}
-    for name in ("ms_per_observation", "ms_per_observation_with_image_chain"):
-        if name in document:  # the policy's file has no list of rows
-            seconds = document[name] / 1000
-            found[f"{name.removeprefix('ms_per_')}, batch {document['batch']}"] = Row(
-                seconds, seconds
-            )
+    for name, value in document.items():
+        if name.startswith("ms_per_") and not name.endswith("_p95"):
+            # The policy's file has no list of rows.
+            label = f"{name.removeprefix('ms_per_')}, batch {document['batch']}"
+            found[label] = Row(value / 1000, value / 1000)
     for value in document.values():
         for entry in value if isinstance(value, list) else []:
             if isinstance(entry, Mapping) and "p50_s" in entry:

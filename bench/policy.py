@@ -1,8 +1,9 @@
 """`worldloop bench policy`: milliseconds an observation, beside the matrix-product ceiling.
 
 On a GPU preset `7b` in bf16 at batch 32, elsewhere `tiny` in fp32 at batch 16; random weights of
-the real shapes (speed does not need trained ones). Correctness comes first: a batch must give the
-logits that its rows give alone, or no speed is printed. FLOPs are counted from the shapes: two for
+the real shapes (speed does not need trained ones). Acting is timed on rows that all differ and in
+groups of 8 that begin alike, as GRPO's do. Correctness comes first: a batch must give the logits
+that its rows give alone, or no speed is printed. FLOPs are counted from the shapes: two for
 each weight and token of a matrix product, four for each pair of tokens and channel in attention.
 
 Shape letters: B rows, S tokens, D width.
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from worldloop.bench import timing
 from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.engine.policy.action_tokens import Statistics
+from worldloop.engine.policy.base import Observation
 from worldloop.engine.policy.openvla_oft import PRESETS, OpenVLAConfig, OpenVLAOFT, tiny_config
 from worldloop.engine.policy.vision import ViTConfig
-from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
+from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy, token_logprobs
 from worldloop.errors import UserError
 from worldloop.types import ActionSpec
 
+MEMBERS = 8  # of a group
 INSTRUCTION = "push the blue cube onto the target"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2 of batched against alone
 
@@ -89,6 +93,13 @@ def make_policy(
     return VLAPolicy(network.eval(), how, statistics)
 
 
+def observation(policy: VLAPolicy, frames_BVHW3: npt.NDArray[np.uint8]) -> Observation:
+    """What so many episodes show before their first chunk."""
+    B = len(frames_BVHW3)
+    poses = np.zeros((B, policy.action_spec.dim), np.float32)
+    return Observation(frames_BVHW3[:, None], poses, (INSTRUCTION,) * B, tuple(range(B)), 0)
+
+
 @torch.inference_mode()
 def bench(config: PolicyBench) -> dict[str, Any]:
     """Measure; the document that is written."""
@@ -106,8 +117,16 @@ def bench(config: PolicyBench) -> dict[str, Any]:
     together = policy.logits(frames, texts)
     alone = torch.cat([policy.logits(frames[i : i + 1], texts[:1]) for i in range(2)])
     error = float((together[:2] - alone).norm() / alone.norm())
+    grouped = np.repeat(frames[: -(-batch // MEMBERS)], MEMBERS, 0)[:batch]
+    apart, alike = observation(policy, frames), observation(policy, grouped)
+    acted = policy.act(alike, 0)
+    assert acted.tokens is not None and acted.logprobs is not None
+    tokens = torch.from_numpy(acted.tokens).to(together.device).flatten(1)
+    expected = token_logprobs(policy.logits(grouped, texts), tokens, policy.temperature)[0].cpu()
+    found_so = torch.from_numpy(acted.logprobs).flatten(1)
+    error = max(error, float((found_so - expected).norm() / expected.norm()))
     if not error <= TOLERANCE[dtype]:
-        raise UserError(f"batched logits differ from single ones by {error:.2e}; no speed for that")
+        raise UserError(f"batched rows differ from single ones by {error:.2e}; no speed for that")
 
     pictures = policy.pictures(frames)
     ceilings = timing.Ceilings(dtype, device).measure()
@@ -115,6 +134,8 @@ def bench(config: PolicyBench) -> dict[str, Any]:
     runs = {
         "network": lambda: policy.forward(pictures, texts),
         "whole": lambda: policy.logits(frames, texts),
+        "acting": lambda: policy.act(apart, 0),
+        "acting in groups": lambda: policy.act(alike, 0),
     }
     for run in runs.values():
         run()
@@ -134,6 +155,8 @@ def bench(config: PolicyBench) -> dict[str, Any]:
         "ms_per_observation": 1000 * times.p50 / batch,
         "ms_per_observation_p95": 1000 * times.p95 / batch,
         "ms_per_observation_with_image_chain": 1000 * whole.p50 / batch,
+        "ms_per_episode_acting": 1000 * found["acting"].p50 / batch,
+        "ms_per_episode_acting_in_groups": 1000 * found["acting in groups"].p50 / batch,
         "gflop_per_observation": flops / 1e9,
         "tflops": flops * batch / times.p50 / 1e12,
         "gemm_ceiling_tflops": ceiling / 1e12,

@@ -262,13 +262,22 @@ def policy_section(name: str, document: Document) -> list[str]:
             f", {number(document['ms_per_observation_with_image_chain'])} ms with the image chain "
             f"from {height}x{width}"
         )
+    acting = ""
+    if "ms_per_episode_acting" in document:
+        apart, alike = (
+            number(document[f"ms_per_episode_acting{way}"]) for way in ("", "_in_groups")
+        )
+        acting = (
+            f" A chunk's actions take {apart} ms an episode, {alike} ms in groups of 8 that begin "
+            "alike: one forward pass, eight draws."
+        )
     return [
         f"## Policy: `{document['preset']}`",
         "",
         f"[{name}](../bench/results/{name}): {where(document)}. Batch {document['batch']}, "
         f"{document['dtype']}: {number(document['ms_per_observation'])} ms an observation (p95 "
         f"{number(document['ms_per_observation_p95'])}){chain}; "
-        f"{document['share_of_gemm_ceiling']:.0%} of the matrix-product ceiling.",
+        f"{document['share_of_gemm_ceiling']:.0%} of the matrix-product ceiling.{acting}",
         "",
     ]
 
