@@ -4,14 +4,22 @@ At most ``max_batch`` episodes are in the batch. With ``stop_on_success`` an epi
 first success: later actions are not valid, and its row leaves the batch after the chunk. As soon as
 a group fits into the free slots, it begins: no step is spent on masked time, and none on waiting
 for the slowest.
+
+A group can branch: a world model, unlike a world, goes on from one moment as often as it is asked.
+With ``branching=(4, 4)`` four first chunks are imagined from a start, and four second ones after
+each: 16 episodes for 20 chunks instead of 32, and a chunk is told apart from what came before it.
+A row of the batch then stands for all rows of the rollout that have been alike so far.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -71,6 +79,7 @@ class RolloutEngine:
         *,
         horizon: int = 72,
         group_size: int = 1,
+        branching: Sequence[int] = (),
         seed: int = 0,
         decode: Decode = "policy",
         max_batch: int | None = None,
@@ -84,8 +93,11 @@ class RolloutEngine:
         horizon: actions per episode, a multiple of the chunk. Row ``g * group_size + m`` is member
         m of group g; its world noise depends on (seed, g, m) alone, or on (seed, g) with
         ``share_noise``. decode: "all" returns every frame, "policy" the one after each chunk (and
-        the start), "none" none (only for a policy that reads no frames). max_batch: most episodes
-        in the batch at once. overlap: the policy acts for one half of the batch, in a thread, while
+        the start), "none" none (only for a policy that reads no frames). branching: into how many
+        each episode parts at its first chunk, its second and so on; their product is the group's
+        size, and without it all part at the first. Rows of a group that have not parted yet are
+        alike in actions and noise, which are the first one's. max_batch: most episodes in the batch
+        at once. overlap: the policy acts for one half of the batch, in a thread, while
         the world model imagines the other (``timings`` then adds up to more than the total).
         progress: counts frames.
         """
@@ -102,8 +114,9 @@ class RolloutEngine:
         if decode == "none" and self.policy.reads_frames:
             raise UserError("decode is 'none', but the policy looks at frames; use 'policy'")
         groups = len(starts.instructions)
+        widths = rows_alike(branching or (group_size,), group_size, horizon // chunk)
         run = _Run(
-            self, starts, horizon // chunk, group_size, seed, decode, share_noise,
+            self, starts, widths, group_size, seed, decode, share_noise,
             stop_on_success, Timer(), progress,
         )  # fmt: skip
         begun = time.perf_counter()
@@ -123,7 +136,7 @@ class RolloutEngine:
         waiting = deque(range(len(run.starts.instructions)))
         cohorts: deque[tuple[_Cohort, Answer]] = deque()
         while waiting or cohorts:
-            free = max_batch - sum(len(cohort.rows) for cohort, _ in cohorts)
+            free = max_batch - sum(run.slots(cohort) for cohort, _ in cohorts)
             fit = min(len(waiting), free // run.group_size)
             for way in range(ways if fit >= ways else min(fit, 1)):
                 share = fit // ways + (way < fit % ways) if fit >= ways else fit
@@ -133,6 +146,21 @@ class RolloutEngine:
             left = run.step(cohort, answer())
             if left is not None:
                 cohorts.append((left, ask(partial(run.act, left))))
+
+
+def rows_alike(branching: Sequence[int], group_size: int, chunks: int) -> list[int]:
+    """How many rows of a group share each chunk: (4, 4) is [4, 1, 1 ...].
+
+    Raises UserError where the branches do not multiply to the group's size.
+    """
+    if min(branching) < 1 or math.prod(branching) != group_size or len(branching) > chunks:
+        raise UserError(
+            f"branching is {' '.join(map(str, branching))}; expected at most {chunks} numbers (the "
+            f"chunks of an episode) whose product is the group's size, {group_size}"
+        )
+    parted = itertools.accumulate(branching, operator.mul)
+    widths = [group_size // so_far for so_far in parted]
+    return widths + [1] * (chunks - len(widths))
 
 
 Answer = Callable[[], PolicyAction]
@@ -174,7 +202,7 @@ def _policy_stream(device: torch.device) -> torch.cuda.Stream:
 class _Cohort:
     """Episodes in the batch that are equally far: ``state`` after ``chunks`` chunks."""
 
-    rows: list[int]  # of the rollout
+    rows: list[int]  # of the rollout: the first of those that each stands for
     state: WorldState
     shown: Frames  # [B,1,V,H,W,3] what the policy sees
     chunks: int
@@ -187,7 +215,7 @@ class _Run:
         self,
         engine: RolloutEngine,
         starts: Starts,
-        chunks: int,
+        widths: Sequence[int],
         group_size: int,
         seed: int,
         decode: Decode,
@@ -196,11 +224,11 @@ class _Run:
         timer: Timer,
         progress: Progress | None,
     ) -> None:
-        self.engine, self.starts, self.chunks, self.group_size = engine, starts, chunks, group_size
+        self.engine, self.starts, self.widths, self.group_size = engine, starts, widths, group_size
         self.seed, self.decode, self.stop_on_success = seed, decode, stop_on_success
         self.timer, self.progress = timer, progress
         groups, spec = len(starts.instructions), engine.world.action_spec
-        B, T = groups * group_size, chunks * spec.chunk
+        B, T = groups * group_size, len(widths) * spec.chunk
         self.seeds = [
             derive_seed(seed, g, 0 if share_noise else m)
             for g in range(groups)
@@ -215,21 +243,33 @@ class _Run:
         self.logprobs: npt.NDArray[np.float32] | None = None
         self.frames: Frames | None = None
         if decode != "none":
-            count = 1 + (T if decode == "all" else chunks)
+            count = 1 + (T if decode == "all" else len(widths))
             self.frames = np.zeros((B, count, *starts.frames.shape[2:]), np.uint8)
             self.frames[:, :1] = np.repeat(starts.frames, group_size, 0)
 
     def begin(self, groups: list[int]) -> _Cohort:
         """The first frames of these groups, encoded once each."""
-        n, clock = self.group_size, time.perf_counter()
-        rows = [g * n + m for g in groups for m in range(n)]
-        starts, seeds = self.starts.select(groups), [self.seeds[row] for row in rows]
-        state = self.engine.world.start(
-            starts.frames, starts.poses, seeds[::n], starts.instructions
-        )
-        state = state.fork(n, seeds)
+        clock = time.perf_counter()
+        rows, starts = [g * self.group_size for g in groups], self.starts.select(groups)
+        seeds = [self.seeds[row] for row in rows]
+        state = self.engine.world.start(starts.frames, starts.poses, seeds, starts.instructions)
+        cohort = self.part(rows, state, starts.frames, 0)
         self.timer.add("start", clock)
-        return _Cohort(rows, state, np.repeat(starts.frames, n, 0), 0)
+        return cohort
+
+    def part(self, rows: list[int], state: WorldState, shown: Frames, chunks: int) -> _Cohort:
+        """The cohort of these rows, each as often as it parts in the chunk that comes."""
+        width = self.widths[chunks]
+        n = (self.widths[chunks - 1] if chunks else self.group_size) // width
+        if n > 1:
+            rows = [row + k * width for row in rows for k in range(n)]
+            state = state.fork(n, [self.seeds[row] for row in rows])
+            shown = np.repeat(shown, n, 0)
+        return _Cohort(rows, state, shown, chunks)
+
+    def slots(self, cohort: _Cohort) -> int:
+        """Rows that it will have in the batch when all have parted."""
+        return len(cohort.rows) * self.widths[cohort.chunks]
 
     def act(self, cohort: _Cohort) -> PolicyAction:
         clock = time.perf_counter()
@@ -253,13 +293,13 @@ class _Run:
             action.actions,
             steps=self.engine.steps,
             decode=self.decode,
-            commit=done < self.chunks,
+            commit=done < len(self.widths),
             timer=self.timer,
         )
         self._record(cohort, action, out)
         if self.progress is not None:
             self.progress.update(out.reward.size)
-        if done == self.chunks:
+        if done == len(self.widths):
             return None
         rows, shown = cohort.rows, cohort.shown if out.frames is None else out.frames[:, -1:]
         if self.stop_on_success and state.done.any():
@@ -267,17 +307,19 @@ class _Run:
             if not kept:
                 return None
             rows, shown, state = [rows[i] for i in kept], shown[kept], state.select(kept)
-        return _Cohort(rows, state, shown, done)
+        return self.part(rows, state, shown, done)
 
     def _record(self, cohort: _Cohort, action: PolicyAction, out: Chunk) -> None:
-        rows, spec = cohort.rows, self.engine.world.action_spec
-        shape = (len(rows), spec.chunk, spec.dim)
+        width, spec = self.widths[cohort.chunks], self.engine.world.action_spec
+        rows = [row + k for row in cohort.rows for k in range(width)]
+        alike = partial(np.repeat, repeats=width, axis=0)
+        shape = (len(cohort.rows), spec.chunk, spec.dim)
         times = slice(cohort.chunks * spec.chunk, (cohort.chunks + 1) * spec.chunk)
-        self.actions[rows, times] = action.actions
-        self.reward[rows, times] = out.reward
+        self.actions[rows, times] = alike(action.actions)
+        self.reward[rows, times] = alike(out.reward)
         over = np.cumsum(out.success, 1) - out.success > 0  # a success lies before this action
-        self.valid[rows, times] = ~over if self.stop_on_success else True
-        self.success[rows] |= out.success.any(1)
+        self.valid[rows, times] = alike(~over) if self.stop_on_success else True
+        self.success[rows] |= alike(out.success.any(1))
         for name in ("tokens", "logprobs"):
             value = getattr(action, name)
             if value is None:
@@ -288,11 +330,11 @@ class _Run:
                 )
             if getattr(self, name) is None:
                 setattr(self, name, np.zeros(self.actions.shape, value.dtype))
-            getattr(self, name)[rows, times] = value
+            getattr(self, name)[rows, times] = alike(value)
         if self.frames is not None and out.frames is not None:
             each = spec.chunk if self.decode == "all" else 1
             first = 1 + cohort.chunks * each
-            self.frames[rows, first : first + each] = out.frames[:, -each:]
+            self.frames[rows, first : first + each] = alike(out.frames[:, -each:])
 
     def rollout(self, timings: dict[str, float]) -> Rollout:
         return Rollout(

@@ -1,9 +1,11 @@
 """Advantages of GRPO (SimpleVLA-RL): how much better than its group an episode did.
 
-Shape letters: B episodes, T actions.
+Shape letters: B episodes, K decisions (chunks) of an episode.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,34 @@ def group_advantages(score_B: npt.ArrayLike, group_B: npt.ArrayLike) -> Floats:
         if len(rows) > 1:
             own = score[rows]
             out[rows] = (own - own.mean()) / (own.std(ddof=1) + EPSILON)
+    return out
+
+
+def decision_advantages(
+    score_B: npt.ArrayLike, group_B: npt.ArrayLike, widths_K: Sequence[int]
+) -> Floats:
+    """`group_advantages` of every decision in a group that branches; float32 [B,K].
+
+    ``widths_K``: how many rows of a group share each chunk (`rollout.rows_alike`). What a decision
+    is worth is the mean score of the episodes that go on from it; its group are the decisions taken
+    at the same moment of the same episode. Where all part at the first chunk that is
+    `group_advantages` for every decision. (VinePPO, Kazemnejad et al. 2024, estimates values so in
+    text, where one can also go back.)
+    """
+    score, group = np.asarray(score_B, np.float64), np.asarray(group_B)
+    size = len(group) // max(1, len(np.unique(group)))
+    if len(score) != len(group) or not np.array_equal(group, np.repeat(group[::size], size)):
+        raise UserError(f"groups are {group.tolist()}; expected one after the other, of one size")
+    out = np.zeros((len(score), len(widths_K)), np.float32)
+    before = size  # rows that were alike up to this decision
+    for k, width in enumerate(widths_K):
+        if k and width == before:  # nobody parts: it is worth what the decision before it is
+            out[:, k] = out[:, k - 1]
+            continue
+        worth = score.reshape(-1, width).mean(1)
+        moment = np.arange(0, len(score), width) // before
+        out[:, k] = np.repeat(group_advantages(worth, moment), width)
+        before = width
     return out
 
 

@@ -7,7 +7,8 @@ The algorithm, after SimpleVLA-RL. One step:
        where it succeeds
     2. keep the groups that are neither all failure nor all success (mean in [0.1, 0.9]); imagine
        more starts until there are enough (refill: nothing is trained on masked groups)
-    3. advantage = (success - group mean) / (group deviation + 1e-6), the same for all its tokens
+    3. advantage = (success - group mean) / (group deviation + 1e-6), the same for all its tokens;
+       with ``branching`` that of each decision among those at the same moment of the same episode
     4. token ratios clipped to [1 - 0.2, 1 + 0.28], mean within an episode, then over episodes;
        no KL term, no entropy term, no value function
 
@@ -42,13 +43,13 @@ from worldloop.engine.backends import wrap_world
 from worldloop.engine.policy.served import HTTPPolicy, VLLMPolicy
 from worldloop.engine.policy.vla import TokenPolicy, VLAPolicy
 from worldloop.engine.precision import autocast, device_of, takes_bf16
-from worldloop.engine.rollout import RolloutEngine
+from worldloop.engine.rollout import RolloutEngine, rows_alike
 from worldloop.engine.sampler import derive_seed
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
 from worldloop.ledger import checkpoint_sha256
-from worldloop.rl.advantage import group_advantages, mixed_groups
+from worldloop.rl.advantage import decision_advantages, mixed_groups
 from worldloop.rl.alarm import Alarm, last_trusted, stopped
 from worldloop.rl.grpo_config import PRESETS, GRPOConfig
 from worldloop.rl.learner import Experience, Learner
@@ -86,6 +87,8 @@ class GRPO:
                 f"{count} start frames, of which {held} are held out; give a larger dataset "
                 "with --starts, or fewer with --evaluate-starts"
             )
+        chunks = config.horizon // world.action_spec.chunk
+        self.widths = rows_alike(config.branching or (config.group_size,), config.group_size, chunks)
         self.starts = starts.select(range(count - held))
         self.chooser = StartChooser(
             count - held, config.group_size, config.accuracy_low, config.accuracy_high,
@@ -129,7 +132,7 @@ class GRPO:
             else:
                 rollout = self.imagine(
                     self.starts.select(rows.tolist()), config.group_size, seed,
-                    share_noise=config.share_noise,
+                    share_noise=config.share_noise, branching=config.branching,
                 )  # fmt: skip
                 save_rollout(rollout, path, video=False)
             self.chooser.observe(rows, rollout.success.reshape(len(rows), config.group_size))
@@ -139,7 +142,8 @@ class GRPO:
                 rollout.success, rollout.group_id, config.accuracy_low, config.accuracy_high
             )
             tried += len(np.unique(rollout.group_id))
-            frames += int(rollout.valid[:, ::chunk].sum()) * chunk  # a chunk is imagined whole
+            # A chunk is imagined whole, and once for all rows that share it.
+            frames += round((rollout.valid[:, ::chunk] / self.widths).sum()) * chunk
             successes += int(rollout.success.sum())
             if len(good):
                 kept.append(rollout.select(np.isin(rollout.group_id, good)))
@@ -170,7 +174,7 @@ class GRPO:
         expected = {"expected_success": self.chooser.success()} if likely else {}
         self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
-        advantages = group_advantages(rollout.success, rollout.group_id)
+        advantages = decision_advantages(rollout.success, rollout.group_id, self.widths)
         metrics = self.learner.update(
             Experience.of(rollout, advantages),
             derive_seed(self.config.seed, step, -1),
@@ -340,9 +344,9 @@ def make_actor(config: GRPOConfig, dtype: torch.dtype) -> TokenPolicy | None:
     return HTTPPolicy(config.actor, temperature=config.temperature)
 
 
-IMAGINED_BY = ("groups", "group_size", "horizon", "temperature", "coherence", "world_steps",
-               "share_noise", "likely_mixed", "accuracy_low", "accuracy_high", "seed", "precision",
-               "alarm")  # fmt: skip
+IMAGINED_BY = ("groups", "group_size", "branching", "horizon", "temperature", "coherence",
+               "world_steps", "share_noise", "likely_mixed", "accuracy_low", "accuracy_high", "seed",
+               "precision", "alarm")  # fmt: skip
 
 
 def _forget_others(config: GRPOConfig, grpo: GRPO, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,9 @@ class GRPOConfig:
     groups: int = 64
     """Mixed groups wanted a step."""
     group_size: int = 8
+    branching: tuple[int, ...] = ()
+    """Into how many an episode parts at its first chunk, its second and so on, with group_size as
+    their product: 4 4 for 16. Without it all part at the first (`engine.rollout`)."""
     horizon: int = 72
     """Actions an episode; a multiple of the world model's chunk."""
     temperature: float = TEMPERATURE
@@ -79,6 +83,11 @@ class GRPOConfig:
         positive(self, "steps", "groups", "rounds", "max_batch", "threads", "keep_every")
         if self.group_size < 2:
             raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
+        if self.branching and math.prod(self.branching) != self.group_size:
+            raise UserError(
+                f"branching is {' '.join(map(str, self.branching))}; expected numbers whose "
+                f"product is group_size, {self.group_size}"
+            )
         if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:
             raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
         if self.temperature <= 0:

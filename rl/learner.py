@@ -70,19 +70,24 @@ class Experience:
     tokens: npt.NDArray[np.int64]  # [B,T,A]
     logprobs: Floats  # [B,T,A] as sampled
     valid: npt.NDArray[np.bool_]  # [B,T]
-    advantages: Floats  # [B]
+    advantages: Floats  # [B,K] of every decision
 
     @classmethod
     def of(cls, rollout: Rollout, advantages: Floats) -> Experience:
-        """From a rollout of a policy that samples, made with decode="policy"."""
+        """From a rollout of a policy that samples, made with decode="policy".
+
+        ``advantages``: [B,K], or [B] where all decisions of an episode have the same.
+        """
         if rollout.frames is None or rollout.action_tokens is None or rollout.logprobs is None:
             raise UserError(
                 "this rollout has no frames, tokens or log-probabilities: roll out a policy that "
                 'samples, with decode="policy"'
             )
+        decisions = (len(rollout.frames), rollout.frames.shape[1] - 1)
+        each = np.broadcast_to(advantages.reshape(len(advantages), -1), decisions)
         return cls(
             rollout.frames, rollout.instructions, rollout.action_tokens, rollout.logprobs,
-            rollout.valid, advantages,
+            rollout.valid, each,
         )  # fmt: skip
 
 
@@ -214,7 +219,7 @@ class Learner:
             logprobs, entropy = self._forward(e, part)
             device = logprobs.device
             weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
-            advantage = torch.from_numpy(e.advantages[part[:, 0]]).to(device)[:, None, None]
+            advantage = torch.from_numpy(e.advantages[tuple(part.T)]).to(device)[:, None, None]
             before = torch.from_numpy(self._chunks(old, part)).to(device)
             losses, facts = token_loss(logprobs.float(), before, advantage, self.config.clip)
             loss = (losses * weight).sum()
