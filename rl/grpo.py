@@ -88,7 +88,9 @@ class GRPO:
                 "with --starts, or fewer with --evaluate-starts"
             )
         chunks = config.horizon // world.action_spec.chunk
-        self.widths = rows_alike(config.branching or (config.group_size,), config.group_size, chunks)
+        self.widths = rows_alike(
+            config.branching or (config.group_size,), config.group_size, chunks
+        )
         self.starts = starts.select(range(count - held))
         self.chooser = StartChooser(
             count - held, config.group_size, config.accuracy_low, config.accuracy_high,
@@ -345,8 +347,8 @@ def make_actor(config: GRPOConfig, dtype: torch.dtype) -> TokenPolicy | None:
 
 
 IMAGINED_BY = ("groups", "group_size", "branching", "horizon", "temperature", "coherence",
-               "world_steps", "share_noise", "likely_mixed", "accuracy_low", "accuracy_high", "seed",
-               "precision", "alarm")  # fmt: skip
+               "world_steps", "share_noise", "likely_mixed", "accuracy_low", "accuracy_high",
+               "seed", "precision", "alarm")  # fmt: skip
 
 
 def _forget_others(config: GRPOConfig, grpo: GRPO, step: int) -> None:

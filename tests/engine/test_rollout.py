@@ -191,10 +191,10 @@ def test_policy_noise_differs_from_chunk_to_chunk_and_from_world_noise(small):
 # ---------------------------------------------------------------- early stops
 
 
-def engineered(small, monkeypatch, rewards: np.ndarray, rows) -> WorldModel:
+def engineered(small, monkeypatch, rewards: np.ndarray, members: int = 1) -> WorldModel:
     """A world whose reward is a table [episodes,T]: found by each row's seed and its chunk."""
     world = small.world_of()
-    by_seed = {derive_seed(0, g, 0): rewards[g] for g in range(rows)}
+    by_seed = {derive_seed(0, *divmod(b, members)): row for b, row in enumerate(rewards)}
     step = world.step
 
     def scripted(state, actions, **options):
@@ -212,7 +212,7 @@ def test_stop_on_success_drops_rows_and_leaves_the_others_alone(small, monkeypat
     rewards[3, 15:18] = 0.95  # held only in the third: nothing is left to stop
     rewards[2, 12:14] = 0.95  # in the second
     rewards[0, [1, 9]] = 0.95  # never twice in a row
-    world = engineered(small, monkeypatch, rewards, 4)
+    world = engineered(small, monkeypatch, rewards)
     policy = SamplingPolicy(small.SPEC)
     engine = RolloutEngine(world, policy)
     starts = starts_of(small, 4)
@@ -238,10 +238,55 @@ def test_stop_on_success_drops_rows_and_leaves_the_others_alone(small, monkeypat
 def test_nothing_runs_once_all_have_succeeded(small, monkeypatch):
     rewards = np.full((2, T), 0.99, np.float32)
     policy = SamplingPolicy(small.SPEC)
-    engine = RolloutEngine(engineered(small, monkeypatch, rewards, 2), policy)
+    engine = RolloutEngine(engineered(small, monkeypatch, rewards), policy)
     out = engine.rollout(starts_of(small, 2), horizon=T, stop_on_success=True)
     assert len(policy.seen) == 1 and out.success.all()
     assert out.valid.sum(1).tolist() == [2, 2]
+
+
+# ---------------------------------------------------------------- branches
+
+
+@pytest.mark.parametrize("max_batch", [None, 13])
+def test_a_group_parts_where_it_is_told(small, max_batch):
+    """(3, 2, 2): a row is what it would be alone up to where it parts from the first one like it;
+    chunks that rows share are imagined once."""
+    policy = SamplingPolicy(small.SPEC)
+    engine = RolloutEngine(small.world_of(), policy)
+    options = {"horizon": T, "group_size": 12, "decode": "all", "seed": 5}
+    flat = engine.rollout(starts_of(small, 2), **options)
+    policy.seen.clear()
+    tree = engine.rollout(starts_of(small, 2), **options, branching=(3, 2, 2), max_batch=max_batch)
+    rows = [(o.chunk, len(o.episodes)) for o in policy.seen]
+    assert [sum(n for c, n in rows if c == chunk) for chunk in range(3)] == [6, 12, 24]
+    assert max(n for _, n in rows) <= (max_batch or 24)
+    for chunk, width in enumerate((4, 2, 1)):
+        times = slice(chunk * 8, (chunk + 1) * 8)
+        nodes = tree.actions[:, times].reshape(24 // width, width, -1)
+        assert (nodes == nodes[:, :1]).all()
+        assert len(np.unique(nodes[:, 0], axis=0)) == 24 // width
+        seen = tree.frames[:, 1:][:, times].reshape(24 // width, width, -1)
+        assert (seen == seen[:, :1]).all()
+        firsts = slice(None, None, width)  # these have been the first of all that they were like
+        if chunk == 0:
+            np.testing.assert_allclose(
+                tree.actions[firsts, :8], flat.actions[firsts, :8], atol=1e-4
+            )
+    leaders = [0, 4, 8, 12, 16, 20]  # never anyone's copy
+    same(tree.select(np.array(leaders)), flat, rows=leaders, frames=2)
+
+
+def test_a_success_ends_all_rows_that_share_it(small, monkeypatch):
+    rewards = np.full((4, T), 0.2, np.float32)
+    rewards[2, 2:5] = 0.95  # the second of two first chunks
+    policy = SamplingPolicy(small.SPEC)
+    world = engineered(small, monkeypatch, rewards, members=4)
+    tree = RolloutEngine(world, policy).rollout(
+        starts_of(small, 1), horizon=T, group_size=4, branching=(2, 2), stop_on_success=True
+    )
+    assert [o.episodes for o in policy.seen] == [(0, 2), (0, 1), (0, 1)]
+    assert tree.success.tolist() == [False, False, True, True]
+    assert tree.valid.sum(1).tolist() == [24, 24, 4, 4]
 
 
 # ---------------------------------------------------------------- continuous batching
@@ -251,7 +296,7 @@ def test_a_waiting_episode_takes_a_slot_as_soon_as_it_is_free(small, monkeypatch
     rewards = np.full((5, T), 0.2, np.float32)
     rewards[0, 2:5] = 0.95  # leaves after its first chunk
     policy = SamplingPolicy(small.SPEC)
-    engine = RolloutEngine(engineered(small, monkeypatch, rewards, 5), policy)
+    engine = RolloutEngine(engineered(small, monkeypatch, rewards), policy)
     starts = starts_of(small, 5)
     options = {"horizon": T, "decode": "all", "stop_on_success": True}
     whole = engine.rollout(starts, **options)
@@ -332,6 +377,8 @@ def test_bad_options_are_named(small):
         ({"group_size": 0}, "group_size is 0"),
         ({"group_size": 4, "max_batch": 3}, "max_batch"),
         ({"max_batch": 0}, "max_batch"),
+        ({"group_size": 4, "branching": (2, 3)}, "branching is 2 3; expected at most 3 numbers"),
+        ({"group_size": 4, "branching": (2, 2, 1, 1)}, "branching is 2 2 1 1; expected at most 3"),
         ({"decode": "some"}, "decode is 'some'"),
         ({"horizon": 48}, "episodes of 24 actions"),
     ):

@@ -86,7 +86,7 @@ def test_what_is_seen_alike_is_one_forward_pass(small_world, small_policy, pool,
     """Three groups of four begin with three pictures: as many rows, and the gradient of twelve."""
     policy, gradients, rows = small_policy(), [], []
     e = experience(small_world, policy, pool)
-    e = dataclasses.replace(e, advantages=np.random.default_rng(0).normal(size=12).astype("f"))
+    e = dataclasses.replace(e, advantages=np.random.default_rng(0).normal(size=(12, 2)).astype("f"))
     forward = policy.forward
 
     def counted(pictures, *args, **options):
@@ -115,7 +115,9 @@ def test_what_is_seen_alike_is_one_forward_pass(small_world, small_policy, pool,
 def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, small_policy, pool):
     policy = small_policy()
     e = experience(small_world, policy, pool)
-    e = dataclasses.replace(e, advantages=np.where(np.arange(12) % 2, 1, -1).astype(np.float32))
+    e = dataclasses.replace(
+        e, advantages=np.where(np.arange(24).reshape(12, 2) // 2 % 2, 1, -1).astype("f")
+    )
     learner = Learner(policy, dataclasses.replace(LEARN, lr=3e-4, mini_batch=12))
     metrics = [learner.update(e, seed=0) for _ in range(5)]
     change = (learner.logprobs(e) - e.logprobs).mean((1, 2))
@@ -170,6 +172,34 @@ def test_run_writes_metrics_policies_and_learns_on_mixed_groups_only(at_home):
     start, end = weights_of(config.out / "policies/000000"), weights_of(last)
     assert any(not torch.equal(start[k], end[k]) for k in start)
     assert not (config.out / "rollouts").exists() or not any((config.out / "rollouts").iterdir())
+
+
+def test_branches_learn_from_every_moment(tmp_path, small_world, small_policy, pool, monkeypatch):
+    """Frames count once; decisions of one episode have advantages of their own."""
+    options = {"group_size": 6, "branching": (2, 3), "groups": 2, "rounds": 1}
+    grpo = GRPO(config_of(tmp_path, **options), small_world, small_policy(), pool)
+    imagined, seen = [], []
+    step, update = small_world.step, grpo.learner.update
+
+    def counted(state, actions, **options):
+        imagined.append(actions.shape[0] * actions.shape[1])
+        return step(state, actions, **options)
+
+    def updated(e, *args, **options):
+        seen.append(e)
+        return update(e, *args, **options)
+
+    monkeypatch.setattr(small_world, "step", counted)
+    monkeypatch.setattr(grpo.learner, "update", updated)
+    metrics = grpo.step(0, tmp_path / "rounds")
+    assert metrics["frames"] == sum(imagined)
+    (e,) = seen
+    assert e.advantages.shape == (len(e.tokens), 2)
+    assert (e.advantages[:, 0].reshape(-1, 3).std(1) == 0).all()
+    assert (e.tokens[:, :8].reshape(-1, 3, 8, 7) == e.tokens[::3, None, :8]).all()
+    assert np.isfinite(metrics["loss"]) and metrics["gap_max"] < 1e-3
+    with pytest.raises(UserError, match="branching is 2 2; expected numbers whose product is"):
+        config_of(tmp_path, group_size=6, branching=(2, 2))
 
 
 def test_refill_rounds_go_on_until_there_are_enough(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worldloop.errors import UserError
-from worldloop.rl.advantage import group_advantages, mixed_groups
+from worldloop.rl.advantage import decision_advantages, group_advantages, mixed_groups
 from worldloop.rl.learner import gap_metrics
 from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
 from worldloop.rl.starts import StartChooser
@@ -43,6 +43,24 @@ def test_uniform_and_single_groups_have_no_advantage():
     assert not group_advantages([1, 1, 0], [0, 0, 7]).any()
     with pytest.raises(UserError, match=r"expected \[B\]"):
         group_advantages([1, 0], [0])
+
+
+def test_a_decision_is_compared_with_others_of_its_moment():
+    """Two groups of six, (3, 2): three first chunks, two second ones after each."""
+    score = np.array([1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0], float)
+    got = decision_advantages(score, np.repeat([7, 3], 6), [2, 1, 1])
+    worth = np.array([0.5, 0, 1, 0, 0.5, 0]).reshape(2, 3)
+    first = (worth - worth.mean(1, keepdims=True)) / (worth.std(1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(got[:, 0], np.repeat(first.ravel(), 2), atol=1e-5)
+    half = 2**-0.5  # of a success and a failure
+    second = [half, -half, 0, 0, 0, 0, 0, 0, -half, half, 0, 0]
+    np.testing.assert_allclose(got[:, 1], second, atol=1e-5)
+    np.testing.assert_array_equal(got[:, 2], got[:, 1])  # nobody parts at the third
+    flat = decision_advantages(score, np.repeat([7, 3], 6), [1, 1])
+    expected = group_advantages(score, np.repeat([7, 3], 6))
+    np.testing.assert_array_equal(flat, np.stack([expected, expected], 1))
+    with pytest.raises(UserError, match="one after the other"):
+        decision_advantages([1, 0, 1, 0], [0, 1, 0, 1], [1])
 
 
 def test_mixed_groups_keep_the_bounds_themselves():
