@@ -92,8 +92,8 @@ class RolloutEngine:
 
         horizon: actions per episode, a multiple of the chunk. Row ``g * group_size + m`` is member
         m of group g; its world noise depends on (seed, g, m) alone, or on (seed, g) with
-        ``share_noise``. decode: "all" returns every frame, "policy" the one after each chunk (and
-        the start), "none" none (only for a policy that reads no frames). branching: into how many
+        ``share_noise``. decode: "all" returns every frame, "policy" those that the policy sees
+        (the start and the one after each chunk but the last), "none" none (only for a policy that reads no frames). branching: into how many
         each episode parts at its first chunk, its second and so on; their product is the group's
         size, and without it all part at the first. Rows of a group that have not parted yet are
         alike in actions and noise, which are the first one's. max_batch: most episodes in the batch
@@ -243,7 +243,7 @@ class _Run:
         self.logprobs: npt.NDArray[np.float32] | None = None
         self.frames: Frames | None = None
         if decode != "none":
-            count = 1 + (T if decode == "all" else len(widths))
+            count = 1 + T if decode == "all" else len(widths)
             self.frames = np.zeros((B, count, *starts.frames.shape[2:]), np.uint8)
             self.frames[:, :1] = np.repeat(starts.frames, group_size, 0)
 
@@ -288,18 +288,19 @@ class _Run:
     def step(self, cohort: _Cohort, action: PolicyAction) -> _Cohort | None:
         """Imagine the chunk and record it; the cohort of those that go on, or None."""
         done = cohort.chunks + 1
+        last = done == len(self.widths)
         out, state = self.engine.world.step(
             cohort.state,
             action.actions,
             steps=self.engine.steps,
-            decode=self.decode,
-            commit=done < len(self.widths),
+            decode="none" if last and self.decode == "policy" else self.decode,
+            commit=not last,
             timer=self.timer,
         )
         self._record(cohort, action, out)
         if self.progress is not None:
             self.progress.update(out.reward.size)
-        if done == len(self.widths):
+        if last:
             return None
         rows, shown = cohort.rows, cohort.shown if out.frames is None else out.frames[:, -1:]
         if self.stop_on_success and state.done.any():

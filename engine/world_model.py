@@ -273,7 +273,9 @@ class WorldModel(nn.Module):
         else:
             latents, ring = self._stream(state, poses, int(steps), commit, timer)
             clock = time.perf_counter()
-            frames, decoder = self._decode(latents, state.decoder, decode)
+            frames, decoder = None, state.decoder
+            if commit or decode != "none":  # else nobody sees this chunk, and no other follows
+                frames, decoder = self._decode(latents, state.decoder, decode)
             timer.add("decode", clock)
             last = latents[:, :, -1:]
         end = poses[:, -1]

@@ -65,7 +65,7 @@ class LearnerConfig:
 class Experience:
     """Episodes with advantages, as `Learner.update` takes them."""
 
-    frames: npt.NDArray[np.uint8]  # [B,K+,V,H,W,3] frame k is what decision k saw
+    frames: npt.NDArray[np.uint8]  # [B,K,V,H,W,3] frame k is what decision k saw
     instructions: tuple[str, ...]
     tokens: npt.NDArray[np.int64]  # [B,T,A]
     logprobs: Floats  # [B,T,A] as sampled
@@ -83,8 +83,7 @@ class Experience:
                 "this rollout has no frames, tokens or log-probabilities: roll out a policy that "
                 'samples, with decode="policy"'
             )
-        decisions = (len(rollout.frames), rollout.frames.shape[1] - 1)
-        each = np.broadcast_to(advantages.reshape(len(advantages), -1), decisions)
+        each = np.broadcast_to(advantages.reshape(len(advantages), -1), rollout.frames.shape[:2])
         return cls(
             rollout.frames, rollout.instructions, rollout.action_tokens, rollout.logprobs,
             rollout.valid, each,
