@@ -92,13 +92,14 @@ class RolloutEngine:
 
         horizon: actions per episode, a multiple of the chunk. Row ``g * group_size + m`` is member
         m of group g; its world noise depends on (seed, g, m) alone, or on (seed, g) with
-        ``share_noise``. decode: "all" returns every frame, "policy" those that the policy sees
-        (the start and the one after each chunk but the last), "none" none (only for a policy that reads no frames). branching: into how many
-        each episode parts at its first chunk, its second and so on; their product is the group's
-        size, and without it all part at the first. Rows of a group that have not parted yet are
-        alike in actions and noise, which are the first one's. max_batch: most episodes in the batch
-        at once. overlap: the policy acts for one half of the batch, in a thread, while
-        the world model imagines the other (``timings`` then adds up to more than the total).
+        ``share_noise``. branching: into how many each episode parts at its first chunk, its second
+        and so on; their product is the group's size, and without it all part at the first. Rows of
+        a group that have not parted yet have the actions and the noise of the first of them.
+        decode: "all" returns every frame, "policy" those that the policy sees (the start and the
+        one after each chunk but the last), "none" none (only for a policy that reads no frames).
+        max_batch: most episodes in the batch at once. overlap: the policy acts for one half of the
+        batch, in a thread, while the world model imagines the other (``timings`` then adds up to
+        more than the total).
         progress: counts frames.
         """
         chunk = self.world.action_spec.chunk

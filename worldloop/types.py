@@ -233,8 +233,8 @@ class Episode:
 class Rollout:
     """Stacked chunks of B imagined episodes with what the policy did in them.
 
-    ``frames`` is ``[B,1+T,V,H,W,3]`` (all decoded), ``[B,T/chunk,...]`` (the start and the one after
-    each chunk but the last: what the policy saw) or None.
+    ``frames`` is ``[B,1+T,V,H,W,3]`` (all decoded), ``[B,T/chunk,...]`` (what the policy saw: the
+    start and the one after each chunk but the last) or None.
     """
 
     frames: Frames | None
