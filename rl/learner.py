@@ -27,6 +27,9 @@ from worldloop.types import Rollout
 Floats = npt.NDArray[np.float32]
 
 
+MEANS = ("loss", "entropy", "ratio", "clip_fraction", "gap_mean")  # metrics of an update
+
+
 @dataclass(frozen=True)
 class LearnerConfig:
     """Optimizer and loss; the defaults are SimpleVLA-RL's for LIBERO."""
@@ -117,10 +120,9 @@ class Learner:
         return np.stack([rows[b], k], 1)
 
     def _micro_batches(
-        self, e: Experience, rows: npt.NDArray[np.int64]
+        self, e: Experience, decisions: npt.NDArray[np.int64]
     ) -> Iterator[npt.NDArray[np.int64]]:
-        """The decisions of these episodes, those that see the same in one part."""
-        decisions = self._decisions(e, rows)
+        """Parts of these decisions, those that see the same in one."""
         b, k = decisions.T
         _, which = distinct(e.frames[b, k], [e.instructions[i] for i in b])
         for part in range(-(-(which.max(initial=-1) + 1) // self.config.micro_batch)):
@@ -150,7 +152,7 @@ class Learner:
         """Log-probabilities [B,T,A] of an experience's tokens by the present weights."""
         out = np.zeros_like(e.logprobs)
         chunk = self.policy.action_spec.chunk
-        for part in self._micro_batches(e, np.arange(len(e.tokens))):
+        for part in self._micro_batches(e, self._decisions(e, np.arange(len(e.tokens)))):
             values = self._forward(e, part)[0].float().cpu().numpy()
             for (b, k), value in zip(part, values, strict=True):
                 out[b, k * chunk : (k + 1) * chunk] = value
@@ -210,11 +212,16 @@ class Learner:
     ) -> dict[str, float]:
         """The gradient of a mini-batch, and its metrics, which are weighted like it.
 
-        Metrics stay on the device until the last micro-batch: reading one would make the host wait.
+        Decisions without an advantage, whose gradient is zero, are left out of both: with branches
+        those after which all went alike. Metrics stay on the device until the last micro-batch:
+        reading one would make the host wait.
         """
-        sums: dict[str, torch.Tensor] = {}
-        largest: dict[str, torch.Tensor] = {}
-        for part in self._micro_batches(e, rows):
+        sums: dict[str, Any] = dict.fromkeys(MEANS, 0.0)
+        largest: dict[str, Any] = {"ratio_max": 0.0, "gap_max": 0.0}
+        decisions = self._decisions(e, rows)
+        decisions = decisions[e.advantages[tuple(decisions.T)] != 0]
+        learned = float(self._chunks(weights, decisions).sum()) * e.tokens.shape[-1]
+        for part in self._micro_batches(e, decisions):
             logprobs, entropy = self._forward(e, part)
             device = logprobs.device
             weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
@@ -225,16 +232,15 @@ class Learner:
             loss.backward()
             with torch.no_grad():
                 gap, ratio = (logprobs.float() - before).abs(), facts["ratio"]
-                for name, value in (
-                    ("loss", losses), ("entropy", entropy), ("ratio", ratio),
-                    ("clip_fraction", facts["clipped"]), ("gap_mean", gap),
-                ):  # fmt: skip
-                    here = (value * weight).sum()
-                    sums[name] = sums[name] + here if name in sums else here
+                values = (losses, entropy, ratio, facts["clipped"], gap)
+                for name, value in zip(MEANS, values, strict=True):
+                    sums[name] += (value * weight).sum()
                 for name, value in (("ratio_max", ratio), ("gap_max", gap)):
                     here = torch.where(weight > 0, value, 0).amax()
-                    largest[name] = here.maximum(largest[name]) if name in largest else here
-        return {name: float(value) for name, value in {**sums, **largest}.items()}
+                    largest[name] = here.clamp_min(largest[name])
+        loss = float(sums.pop("loss"))
+        means = {name: float(value) / max(learned, 1e-9) for name, value in sums.items()}
+        return {"loss": loss, **means, **{name: float(value) for name, value in largest.items()}}
 
     def learning_rate(self, done: float) -> float:
         """Of the next optimizer step, at this share of the run: warm-up, constant, cool-down."""

@@ -335,7 +335,8 @@ def distinct(
     """
     seen: dict[tuple[bytes, str], int] = {}
     rows = zip(frames_BVHW3, instructions, strict=True)
-    which = np.array([seen.setdefault((f.tobytes(), text), len(seen)) for f, text in rows])
+    kinds = [seen.setdefault((f.tobytes(), text), len(seen)) for f, text in rows]
+    which = np.array(kinds, np.int64)
     return np.unique(which, return_index=True)[1], which
 
 

@@ -112,6 +112,30 @@ def test_what_is_seen_alike_is_one_forward_pass(small_world, small_policy, pool,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_decisions_without_an_advantage_are_not_passed_through(
+    small_world, small_policy, pool, monkeypatch
+):
+    policy, seen = small_policy(), []
+    e = experience(small_world, policy, pool)
+    advantages = np.zeros((12, 2), np.float32)
+    advantages[3, 0], advantages[5, 1] = 1, -1
+    e = dataclasses.replace(e, advantages=advantages)
+    learner = Learner(policy, dataclasses.replace(LEARN, old_logprobs="rollout"))
+    forward = learner._forward
+
+    def counted(e, part):
+        seen.extend(part.tolist())
+        return forward(e, part)
+
+    monkeypatch.setattr(learner, "_forward", counted)
+    weights = trajectory_weights(e.valid, e.tokens.shape[-1])
+    found = learner._accumulate(e, np.arange(12), e.logprobs, weights)
+    assert sorted(seen) == [[3, 0], [5, 1]]
+    assert found["ratio"] == pytest.approx(1, abs=1e-3) and found["entropy"] > 1
+    nothing = learner._accumulate(e, np.array([0, 1]), e.logprobs, weights)
+    assert len(seen) == 2 and set(nothing.values()) == {0.0}
+
+
 def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, small_policy, pool):
     policy = small_policy()
     e = experience(small_world, policy, pool)
