@@ -238,9 +238,9 @@ class Learner:
                 for name, value in (("ratio_max", ratio), ("gap_max", gap)):
                     here = torch.where(weight > 0, value, 0).amax()
                     largest[name] = here.clamp_min(largest[name])
-        loss = float(sums.pop("loss"))
+        total = float(sums.pop("loss"))
         means = {name: float(value) / max(learned, 1e-9) for name, value in sums.items()}
-        return {"loss": loss, **means, **{name: float(value) for name, value in largest.items()}}
+        return {"loss": total, **means, **{name: float(value) for name, value in largest.items()}}
 
     def learning_rate(self, done: float) -> float:
         """Of the next optimizer step, at this share of the run: warm-up, constant, cool-down."""
