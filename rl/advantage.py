@@ -61,6 +61,26 @@ def decision_advantages(
     return out
 
 
+def decision_spreads(
+    score_B: npt.ArrayLike, group_size: int, widths_K: Sequence[int]
+) -> dict[str, float]:
+    """How much of the score's variance within groups each chunk's decisions make: {chunk: variance}
+    for every chunk at which groups part, counted from 1; rows and ``widths_K`` as above.
+
+    The variance among siblings' worth, less what chance after them leaves in a mean of so many
+    (nested analysis of variance, so it is unbiased and can be below zero).
+    """
+    score, before = np.asarray(score_B, np.float64), group_size
+    parted: list[tuple[int, int, float]] = []  # chunk, siblings, variance of their worth
+    for k, width in enumerate(widths_K):
+        siblings, before = before // width, width
+        if siblings > 1:
+            worth = score.reshape(-1, siblings, width).mean(2)
+            parted.append((k + 1, siblings, float(worth.var(1, ddof=1).mean())))
+    below = [variance / siblings for _, siblings, variance in parted[1:]] + [0.0]
+    return {f"spread_{k}": v - rest for (k, _, v), rest in zip(parted, below, strict=True)}
+
+
 def mixed_groups(
     success_B: npt.NDArray[np.bool_], group_B: npt.NDArray[np.int64], low: float, high: float
 ) -> npt.NDArray[np.int64]:

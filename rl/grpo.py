@@ -49,7 +49,7 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text, exclusive
 from worldloop.ledger import checkpoint_sha256
-from worldloop.rl.advantage import decision_advantages, mixed_groups
+from worldloop.rl.advantage import decision_advantages, decision_spreads, mixed_groups
 from worldloop.rl.alarm import Alarm, last_trusted, stopped
 from worldloop.rl.grpo_config import PRESETS, GRPOConfig
 from worldloop.rl.learner import Experience, Learner
@@ -177,6 +177,10 @@ class GRPO:
         self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
         advantages = decision_advantages(rollout.success, rollout.group_id, self.widths)
+        size = self.config.group_size
+        spreads = (
+            decision_spreads(rollout.success, size, self.widths) if self.config.branching else {}
+        )
         metrics = self.learner.update(
             Experience.of(rollout, advantages),
             derive_seed(self.config.seed, step, -1),
@@ -191,6 +195,7 @@ class GRPO:
             "groups": found.mixed,
             "rounds_groups": found.groups_tried,
             "episode_length": float(rollout.valid.sum(1).mean()),
+            **spreads,
             **metrics,
             "frames": found.frames,
             "frames_per_second": found.frames / found.seconds["total"],

@@ -216,7 +216,7 @@ def test_branches_learn_from_every_moment(tmp_path, small_world, small_policy, p
     monkeypatch.setattr(small_world, "step", counted)
     monkeypatch.setattr(grpo.learner, "update", updated)
     metrics = grpo.step(0, tmp_path / "rounds")
-    assert metrics["frames"] == sum(imagined)
+    assert metrics["frames"] == sum(imagined) and {"spread_1", "spread_2"} <= metrics.keys()
     (e,) = seen
     assert e.advantages.shape == (len(e.tokens), 2)
     assert (e.advantages[:, 0].reshape(-1, 3).std(1) == 0).all()

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from worldloop.errors import UserError
-from worldloop.rl.advantage import decision_advantages, group_advantages, mixed_groups
+from worldloop.rl.advantage import (
+    decision_advantages,
+    decision_spreads,
+    group_advantages,
+    mixed_groups,
+)
 from worldloop.rl.learner import gap_metrics
 from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
 from worldloop.rl.starts import StartChooser
@@ -61,6 +66,17 @@ def test_a_decision_is_compared_with_others_of_its_moment():
     np.testing.assert_array_equal(flat, np.stack([expected, expected], 1))
     with pytest.raises(UserError, match="one after the other"):
         decision_advantages([1, 0, 1, 0], [0, 1, 0, 1], [1])
+
+
+def test_spreads_tell_which_chunk_decides():
+    """Scores with known variances of three chunks, (6, 4, 3): found, but for chance."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 2, (4000, 6, 1, 1)), rng.normal(0, 1, (4000, 6, 4, 1))
+    score = (first + second + rng.normal(0, 3, (4000, 6, 4, 3))).ravel()
+    found = decision_spreads(score, 72, [12, 3, 1, 1])
+    assert list(found) == ["spread_1", "spread_2", "spread_3"]
+    np.testing.assert_allclose(list(found.values()), [4, 1, 9], atol=0.1)
+    assert decision_spreads([1, 0, 0, 0], 4, [1, 1]) == {"spread_1": 0.25}
 
 
 def test_mixed_groups_keep_the_bounds_themselves():
