@@ -123,8 +123,8 @@ def bench(config: PolicyBench) -> dict[str, Any]:
     assert acted.tokens is not None and acted.logprobs is not None
     tokens = torch.from_numpy(acted.tokens).to(together.device).flatten(1)
     expected = token_logprobs(policy.logits(grouped, texts), tokens, policy.temperature)[0].cpu()
-    found_so = torch.from_numpy(acted.logprobs).flatten(1)
-    error = max(error, float((found_so - expected).norm() / expected.norm()))
+    got = torch.from_numpy(acted.logprobs).flatten(1)
+    error = max(error, float((got - expected).norm() / expected.norm()))
     if not error <= TOLERANCE[dtype]:
         raise UserError(f"batched rows differ from single ones by {error:.2e}; no speed for that")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from worldloop.config import positive
 from worldloop.engine.policy.vla import TEMPERATURE
 from worldloop.engine.precision import PRECISIONS
+from worldloop.engine.rollout import rows_alike
 from worldloop.errors import UserError
 from worldloop.rl.alarm import AlarmConfig
 from worldloop.rl.learner import LearnerConfig
@@ -83,11 +83,8 @@ class GRPOConfig:
         positive(self, "steps", "groups", "rounds", "max_batch", "threads", "keep_every")
         if self.group_size < 2:
             raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
-        if self.branching and math.prod(self.branching) != self.group_size:
-            raise UserError(
-                f"branching is {' '.join(map(str, self.branching))}; expected numbers whose "
-                f"product is group_size, {self.group_size}"
-            )
+        if self.branching:
+            rows_alike(self.branching, self.group_size, len(self.branching))
         if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:
             raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
         if self.temperature <= 0:

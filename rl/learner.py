@@ -86,6 +86,8 @@ class Experience:
                 "this rollout has no frames, tokens or log-probabilities: roll out a policy that "
                 'samples, with decode="policy"'
             )
+        if rollout.actions.shape[1] % rollout.frames.shape[1]:  # there is no frame for each chunk
+            raise UserError('this rollout has every frame: roll out with decode="policy"')
         each = np.broadcast_to(advantages.reshape(len(advantages), -1), rollout.frames.shape[:2])
         return cls(
             rollout.frames, rollout.instructions, rollout.action_tokens, rollout.logprobs,

@@ -222,8 +222,14 @@ def test_branches_learn_from_every_moment(tmp_path, small_world, small_policy, p
     assert (e.advantages[:, 0].reshape(-1, 3).std(1) == 0).all()
     assert (e.tokens[:, :8].reshape(-1, 3, 8, 7) == e.tokens[::3, None, :8]).all()
     assert np.isfinite(metrics["loss"]) and metrics["gap_max"] < 1e-3
-    with pytest.raises(UserError, match="branching is 2 2; expected numbers whose product is"):
-        config_of(tmp_path, group_size=6, branching=(2, 2))
+    for wrong in ((2, 2), (-2, -3)):
+        with pytest.raises(UserError, match=r"branching is .*; expected .* whose product is"):
+            config_of(tmp_path, group_size=6, branching=wrong)
+
+
+def test_an_experience_has_the_frames_that_the_policy_saw(small_world, small_policy, pool):
+    with pytest.raises(UserError, match='with decode="policy"'):
+        experience(small_world, small_policy(), pool, decode="all")
 
 
 def test_refill_rounds_go_on_until_there_are_enough(
