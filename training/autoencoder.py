@@ -28,17 +28,7 @@ from worldloop.engine.light_vae import PRESETS, LightVAE, load_autoencoder
 from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.track import Run
-from worldloop.training.common import (
-    EMA,
-    Clock,
-    TrainingOptions,
-    clip_gradients,
-    device_for,
-    learning_rate,
-    load_state,
-    save_state,
-)
+from worldloop.training.common import Facts, TrainingOptions, device_for, fit
 from worldloop.training.data import EpisodeArrays, load_mixture, object_weight
 
 SAME_VIEW = 0.03  # mean difference of two backgrounds, scale [-1,1], below which they are one
@@ -218,48 +208,29 @@ def train(config: AutoencoderConfig) -> Path:
         betas=(0.9, 0.99),
         weight_decay=config.weight_decay,
     )
-    ema = EMA(model, config.ema)
-    step = load_state(config.out / "state", model, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None)
     rng = np.random.default_rng(7)
-    held_groups, _ = groups_of(parts, sample(parts, config, rng, 64, held_out=True))
-    held_groups = held_groups.to(device)
-    clock, errors = Clock(), []
-    with run.progress(config.steps, "autoencoder", unit="step", initial=step) as progress:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.steps, config.lr)
-            groups, near = (x.to(device) for x in batch_at(parts, config, step))
-            groups = groups.contiguous(memory_format=torch.channels_last)
-            torch.manual_seed(config.seed * 1_000_003 + step)  # latent noise: resumable
-            with autocast(device, config.precision):
-                loss, mse = weighted_loss(model, groups, near, config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_gradients(model, step, config.out)
-            optimizer.step()
-            ema.update(model, step)
-            errors.append(float(mse.detach()))
-            step += 1
-            recent = psnr_of(float(np.mean(errors[-50:])))
-            progress.update(1, loss=float(loss.detach()), psnr=recent)
-            if step % config.save_every == 0 or step == config.steps:
-                with ema.applied(model), autocast(device, config.precision):
-                    held, pictures = evaluate(model, held_groups)
-                    write_checkpoint(model, parts, config)
-                run.log(
-                    step,
-                    loss=float(loss.detach()),
-                    train_psnr=psnr_of(float(np.mean(errors))),
-                    held_out_psnr=held,
-                    frames_per_second=4 * config.batch * len(errors) / clock.lap(),
-                )
-                errors = []
-                write_samples(held_groups, pictures, config.out / "samples" / f"{step:06d}.png")
-                # Last: a run killed before this line does these steps and their row again.
-                save_state(config.out / "state", model, optimizer, ema, step)
-                progress.write(f"step {step}: held-out PSNR {held:.2f} dB")
-    run.close()
+    held, _ = groups_of(parts, sample(parts, config, rng, 64, held_out=True))
+    held = held.to(device)
+
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
+        groups, near = (x.to(device) for x in batch_at(parts, config, step))
+        groups = groups.contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(config.seed * 1_000_003 + step)  # latent noise: resumable
+        with autocast(device, config.precision):
+            loss, mse = weighted_loss(model, groups, near, config)
+        return loss, {"mse": mse.detach()}
+
+    def checked(step: int, row: dict[str, float]) -> dict[str, float]:
+        with autocast(device, config.precision):
+            psnr, pictures = evaluate(model, held)
+            write_checkpoint(model, parts, config)
+        write_samples(held, pictures, config.out / "samples" / f"{step:06d}.png")
+        return row | {"train_psnr": psnr_of(row["mse"]), "held_out_psnr": psnr}
+
+    fit(
+        "autoencoder", config, model, optimizer, loss_at, checked, rates=[config.lr],
+        ema=config.ema, frames=4 * config.batch,
+    )  # fmt: skip
     return config.out
 
 

@@ -1,4 +1,4 @@
-"""What every trainer here does the same way: device, precision, schedule, EMA, resume.
+"""What every trainer here does the same way: options, schedule, EMA, resume, and `fit`.
 
 A batch depends only on (seed, step), so a resumed run sees the same batches as an unkilled one.
 """
@@ -9,12 +9,13 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from worldloop.checkpoint import load_into, load_training_state, save_training_s
 from worldloop.config import positive
 from worldloop.engine.precision import device_of, takes_bf16
 from worldloop.errors import UserError
+from worldloop.track import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,3 +250,58 @@ class Clock:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         return seconds
+
+
+Facts = Mapping[str, float | Tensor]
+
+
+def fit(
+    title: str,
+    config: TrainingOptions,
+    module: nn.Module,
+    optimizer: Any,
+    loss_at: Callable[[int], tuple[Tensor, Facts]],
+    check: Callable[[int, dict[str, float]], dict[str, float]],
+    *,
+    rates: Sequence[float],
+    ema: float,
+    frames: int,
+    warmup: int = 100,
+) -> None:
+    """Train a module in one process until ``config.steps``, from where the run's folder is.
+
+    loss_at: a step's number to its loss and facts, whose means go to the metrics. check: with the
+    averaged weights in the module, writes the checkpoint and adds to (or replaces) the metrics of
+    the steps since the last one. rates: peak learning rate of each of the optimizer's groups.
+    frames: how many a step sees. Raises UserError where gradients are not finite.
+    """
+    average = EMA(module, ema)
+    step = load_state(config.out / "state", module, optimizer, average)
+    run = Run(config.out, config, resume_step=step or None)
+    clock, seen = Clock(), []
+    with run.progress(config.steps, title, unit="step", initial=step) as progress:
+        while step < config.steps:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = learning_rate(step, config.steps, rate, warmup)
+            loss, facts = loss_at(step)
+            optimizer.zero_grad()
+            loss.backward()
+            clip_gradients(module, step, config.out)
+            optimizer.step()
+            average.update(module, step)
+            seen.append({name: float(x) for name, x in {"loss": loss.detach(), **facts}.items()})
+            step += 1
+            progress.update(1, **seen[-1])
+            if step % config.save_every == 0 or step == config.steps:
+                row = {name: float(np.mean([facts[name] for facts in seen])) for name in seen[0]}
+                row["frames_per_second"] = frames * len(seen) / clock.lap()
+                seen = []
+                with average.applied(module):
+                    row = check(step, row)
+                run.log(step, row)
+                # Last: a run killed before this line does these steps and their row again.
+                save_state(config.out / "state", module, optimizer, average, step)
+                progress.write(
+                    f"step {step}: " + ", ".join(f"{name} {row[name]:.4g}" for name in row)
+                )
+    run.close()

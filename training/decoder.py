@@ -23,18 +23,8 @@ from worldloop.engine.vae import Autoencoder
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.track import Run
 from worldloop.training.autoencoder import median_background, psnr_of
-from worldloop.training.common import (
-    EMA,
-    Clock,
-    TrainingOptions,
-    clip_gradients,
-    device_for,
-    learning_rate,
-    load_state,
-    save_state,
-)
+from worldloop.training.common import Facts, TrainingOptions, device_for, fit
 from worldloop.training.data import EpisodeArrays, load_arrays
 
 
@@ -140,49 +130,29 @@ def train(config: DecoderConfig) -> Path:
     teacher.channels_last().requires_grad_(False)
     student = make_student(data, teacher, config.preset).to(device).channels_last()
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    ema = EMA(student, config.ema)
-    step = load_state(config.out / "state", student, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None)
     held = [
         targets_of(teacher, sample_clips(data, trained, len(data), config, [7, i]).to(device), 0.0)
         for i in range(4)
     ]
     held_latents, held_frames = (torch.cat(parts) for parts in zip(*held, strict=True))
-    clock, errors = Clock(), []
-    with run.progress(config.steps, "decoder", unit="step", initial=step) as progress:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.steps, config.lr)
-            torch.manual_seed(config.seed * 1_000_003 + step)  # latent noise: resumable
-            clips = sample_clips(data, 0, trained, config, [config.seed, step]).to(device)
-            with autocast(device, config.precision):
-                latents, target = targets_of(teacher, clips, config.latent_noise)
-                loss, mse = distillation_loss(student, latents, target, config.motion_weight)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_gradients(student, step, config.out)
-            optimizer.step()
-            ema.update(student, step)
-            errors.append(float(mse.detach()))
-            step += 1
-            recent = psnr_of(float(np.mean(errors[-50:])))
-            progress.update(1, loss=float(loss.detach()), psnr=recent)
-            if step % config.save_every == 0 or step == config.steps:
-                with ema.applied(student):
-                    psnr = held_out_psnr(student, held_latents, held_frames)
-                    student.save(config.out / "model")
-                run.log(
-                    step,
-                    loss=float(loss.detach()),
-                    train_psnr=psnr_of(float(np.mean(errors))),
-                    held_out_psnr=psnr,
-                    steps_per_second=len(errors) / clock.lap(),
-                )
-                errors = []
-                # Last: a run killed before this line does these steps and their row again.
-                save_state(config.out / "state", student, optimizer, ema, step)
-                progress.write(f"step {step}: PSNR against the teacher {psnr:.2f} dB")
-    run.close()
+
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
+        torch.manual_seed(config.seed * 1_000_003 + step)  # latent noise: resumable
+        clips = sample_clips(data, 0, trained, config, [config.seed, step]).to(device)
+        with autocast(device, config.precision):
+            latents, target = targets_of(teacher, clips, config.latent_noise)
+            loss, mse = distillation_loss(student, latents, target, config.motion_weight)
+        return loss, {"mse": mse.detach()}
+
+    def checked(step: int, row: dict[str, float]) -> dict[str, float]:
+        student.save(config.out / "model")
+        psnr = held_out_psnr(student, held_latents, held_frames)
+        return row | {"train_psnr": psnr_of(row["mse"]), "held_out_psnr": psnr}
+
+    fit(
+        "decoder", config, student, optimizer, loss_at, checked, rates=[config.lr],
+        ema=config.ema, frames=config.batch * held_frames.shape[2],
+    )  # fmt: skip
     return config.out
 
 

@@ -26,17 +26,7 @@ from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy, token_logprobs
 from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.track import Run
-from worldloop.training.common import (
-    EMA,
-    Clock,
-    TrainingOptions,
-    clip_gradients,
-    device_for,
-    learning_rate,
-    load_state,
-    save_state,
-)
+from worldloop.training.common import Facts, TrainingOptions, device_for, fit
 from worldloop.training.data import EpisodeArrays, augment, load_arrays
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.towers import load_towers
@@ -199,42 +189,24 @@ def train(config: PolicyTraining) -> Path:
             parameters, lr=config.lr_vectors, weight_decay=config.weight_decay
         )
         bases = [config.lr_vectors]
-    ema = EMA(network, config.ema)
-    step = load_state(config.out / "state", network, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None)
-    clock, seen = Clock(), []
-    with run.progress(config.steps, "policy", unit="step", initial=step) as progress:
-        while step < config.steps:
-            rng = np.random.default_rng([config.seed, step])
-            for group, base in zip(optimizer.param_groups, bases, strict=True):
-                group["lr"] = learning_rate(step, config.steps, base, config.warmup)
-            pictures, tokens = trained.draw(rng, config.batch)
-            batch = augment(pictures, config.jitter, rng), tokens
-            with autocast(device, config.precision):
-                loss = policy_loss(policy, batch, trained.instruction)
-            optimizer.zero_grad()
-            loss.backward()
-            clip_gradients(network, step, config.out)
-            optimizer.step()
-            ema.update(network, step)
-            seen.append(float(loss.detach()))
-            step += 1
-            progress.update(1, loss=seen[-1])
-            if step % config.save_every == 0 or step == config.steps:
-                row = {"loss": float(np.mean(seen)), "frames_per_second":
-                       config.batch * len(seen) / clock.lap()}  # fmt: skip
-                seen = []
-                with ema.applied(network), autocast(device, config.precision):
-                    row |= check(policy, held)
-                    save(policy, config, len(trained), step)
-                run.log(step, row)
-                save_state(config.out / "state", network, optimizer, ema, step)
-                progress.write(
-                    f"step {step}: loss {row['loss']:.3f}, held-out {row['held_out_loss']:.3f}, "
-                    f"greedy error {row['held_out_error']:.3f}, "
-                    f"{row['frames_per_second']:.1f} frames/s"
-                )
-    run.close()
+
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
+        rng = np.random.default_rng([config.seed, step])
+        pictures, tokens = trained.draw(rng, config.batch)
+        batch = augment(pictures, config.jitter, rng), tokens
+        with autocast(device, config.precision):
+            return policy_loss(policy, batch, trained.instruction), {}
+
+    def checked(step: int, row: dict[str, float]) -> dict[str, float]:
+        with autocast(device, config.precision):
+            found = check(policy, held)
+            save(policy, config, len(trained), step)
+        return row | found
+
+    fit(
+        "policy", config, network, optimizer, loss_at, checked, rates=bases, ema=config.ema,
+        frames=config.batch, warmup=config.warmup,
+    )  # fmt: skip
     return config.out / "model"
 
 

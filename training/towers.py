@@ -27,17 +27,7 @@ from worldloop.engine.policy.vision import VisionBackbone, ViT, ViTConfig, norma
 from worldloop.engine.precision import autocast
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.track import Run
-from worldloop.training.common import (
-    EMA,
-    Clock,
-    TrainingOptions,
-    clip_gradients,
-    device_for,
-    learning_rate,
-    load_state,
-    save_state,
-)
+from worldloop.training.common import Facts, TrainingOptions, device_for, fit
 from worldloop.training.data import EpisodeArrays, augment, load_arrays
 from worldloop.training.optimizer import MuonAdamW
 
@@ -154,44 +144,25 @@ def train(config: TowersTraining) -> Path:
     )
     model = Trainee(sizes).to(device)
     optimizer = MuonAdamW(model, config)
-    ema = EMA(model, config.ema)
-    step = load_state(config.out / "state", model, optimizer, ema)
-    run = Run(config.out, config, resume_step=step or None)
-    clock, seen = Clock(), []
-    with run.progress(config.steps, "towers", unit="step", initial=step) as progress:
-        while step < config.steps:
-            rng = np.random.default_rng([config.seed, step])
-            for group, base in zip(optimizer.param_groups, optimizer.bases, strict=True):
-                group["lr"] = learning_rate(step, config.steps, base)
-            pictures, targets = frames.batch(rng, config.batch, trained)
-            pixels = normalise_frames(augment(pictures, config.jitter, rng).to(device))
-            with autocast(device, config.precision):
-                made = model(pixels)
-            loss = sum((m - targets.to(device)).abs().mean() for m in made)
-            optimizer.zero_grad()
-            loss.backward()
-            clip_gradients(model, step, config.out)
-            optimizer.step()
-            ema.update(model, step)
-            seen.append(float(loss.detach()))
-            step += 1
-            progress.update(1, loss=seen[-1])
-            if step % config.save_every == 0 or step == config.steps:
-                row = {"loss": float(np.mean(seen)), "frames_per_second":
-                       config.batch * len(seen) / clock.lap()}  # fmt: skip
-                seen = []
-                with ema.applied(model):
-                    row |= check(model, held, frames, device, config)
-                    state = model.vision_backbone.state_dict()
-                    save_checkpoint(config.out / "model", state, config_to_dict(sizes), kind=KIND)
-                run.log(step, row)
-                save_state(config.out / "state", model, optimizer, ema, step)
-                progress.write(
-                    f"step {step}: loss {row['loss']:.3f}, held out: object "
-                    f"{row['object_pixels']:.2f} pixels, hand {row['hand_mm']:.1f} mm, "
-                    f"{row['frames_per_second']:.0f} frames/s"
-                )
-    run.close()
+
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
+        rng = np.random.default_rng([config.seed, step])
+        pictures, targets = frames.batch(rng, config.batch, trained)
+        pixels = normalise_frames(augment(pictures, config.jitter, rng).to(device))
+        with autocast(device, config.precision):
+            first, second = model(pixels)
+        targets = targets.to(device)
+        return (first - targets).abs().mean() + (second - targets).abs().mean(), {}
+
+    def checked(step: int, row: dict[str, float]) -> dict[str, float]:
+        state = model.vision_backbone.state_dict()
+        save_checkpoint(config.out / "model", state, config_to_dict(sizes), kind=KIND)
+        return row | check(model, held, frames, device, config)
+
+    fit(
+        "towers", config, model, optimizer, loss_at, checked, rates=optimizer.bases,
+        ema=config.ema, frames=config.batch,
+    )  # fmt: skip
     return config.out / "model"
 
 

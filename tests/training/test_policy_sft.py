@@ -13,7 +13,7 @@ from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.training import autoencoder, decoder, policy_sft, towers
+from worldloop.training import autoencoder, common, decoder, policy_sft, towers
 from worldloop.training.data import augment, load_arrays
 from worldloop.training.policy_sft import Demonstrations, PolicyTraining, fit_statistics
 from worldloop.types import ActionSpec, Episode
@@ -117,13 +117,13 @@ def test_a_resumed_run_equals_an_unbroken_one(dataset, trained, tmp_path, lora_r
     # A run killed after its second step: the state of step 2 is what it finds.
     broken = tmp_path / "broken"
     with pytest.MonkeyPatch.context() as patch:
-        plain = policy_sft.save_state
+        plain = common.save_state
 
         def dies(folder, module, optimizer, ema, step):
             plain(folder, module, optimizer, ema, step)
             raise KeyboardInterrupt
 
-        patch.setattr(policy_sft, "save_state", dies)
+        patch.setattr(common, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
             policy_sft.train(config(broken))
     state, _ = load_training_state(broken / "state")

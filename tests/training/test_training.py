@@ -24,7 +24,7 @@ from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.training import autoencoder as ae
-from worldloop.training import samples, starting, world_loss, world_model
+from worldloop.training import common, samples, starting, world_loss, world_model
 from worldloop.training.common import EMA, learning_rate
 from worldloop.training.data import fit_action_spec, load_arrays, object_weight
 from worldloop.training.latents import autoencoder_of
@@ -250,12 +250,14 @@ def test_groups_are_the_frames_behind_each_latent(dataset):
     torch.testing.assert_close(latents[:, :, 3], raw, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kill", [("weighted_loss", 4), ("save_state", 2), ("write_samples", 2)])
+@pytest.mark.parametrize(
+    "kill", [(ae, "weighted_loss", 4), (common, "save_state", 2), (ae, "write_samples", 2)]
+)
 def test_a_killed_autoencoder_run_resumes_exactly(dataset, tmp_path, monkeypatch, kill):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ae.train(autoencoder_config(dataset, whole, steps=5))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, ae, *kill)
+        die_at(patch, *kill)
         ae.train(autoencoder_config(dataset, killed, steps=5))
     assert load_training_state(killed / "state")[1]["step"] == 2
     ae.train(autoencoder_config(dataset, killed, steps=5))
