@@ -1,4 +1,4 @@
-"""Action numbers of OpenVLA: 256 bins as tokens, un-normalisation, the gripper's sign.
+"""Action numbers of OpenVLA: 256 bins as tokens, and un-normalisation.
 
 Facts: openvla/openvla-oft at 213c5ff. A normalised action lies in [-1, 1]; its token is counted
 down from the end of the tokenizer's vocabulary. Here an action token is an index 0..255 into the
@@ -97,10 +97,3 @@ class Statistics:
         x, low, high = self._check(values), np.asarray(self.low), np.asarray(self.high)
         scaled = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)
         return np.where(self.mask, scaled, x).astype(np.float32)
-
-
-def gripper_to_env(actions: npt.ArrayLike) -> Floats:
-    """[...,A] with the model's gripper last (1 open, 0 closed) to LIBERO's (-1 open, +1 close)."""
-    out = np.array(actions, dtype=np.float32)
-    out[..., -1] = -np.sign(2 * out[..., -1] - 1)
-    return out

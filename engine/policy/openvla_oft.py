@@ -142,7 +142,6 @@ class OpenVLAOFT(nn.Module):
         mask_BP: Tensor | None = None,
         *,
         proprio_B1D: Tensor | None = None,
-        placeholders_BAD: Tensor | None = None,
         stop: bool = True,
         checkpoint_blocks: bool = False,
     ) -> Tensor:
@@ -152,7 +151,6 @@ class OpenVLAOFT(nn.Module):
             dtype.
         ids_BP, mask_BP: as `pad_prompts` makes them: BOS, padding, the rest. None: no padding.
         proprio_B1D: a token from `ProprioProjector`, placed after the patches.
-        placeholders_BAD: embeddings of the placeholders; None is the published zero.
         stop: False leaves STOP out, as RLinf's variant does: other logits, the same otherwise.
         Raises UserError for shapes that do not fit, naming the argument.
         """
@@ -164,19 +162,14 @@ class OpenVLAOFT(nn.Module):
         patches_BND = self.projector(self.vision_backbone(pixels_BCHW.to(self.dtype)))
         text_BPD = trunk.embed_tokens(ids_BP)
         parts = [text_BPD[:, :1], patches_BND]
-        for name, given, tokens in (
-            ("proprio_B1D", proprio_B1D, 1),
-            ("placeholders_BAD", placeholders_BAD, A),
-        ):
-            if given is not None and tuple(given.shape) != (B, tokens, D):
-                raise UserError(f"{name} has shape {list(given.shape)}; expected {[B, tokens, D]}")
         if proprio_B1D is not None:
+            shape = tuple(proprio_B1D.shape)
+            if shape != (B, 1, D):
+                raise UserError(f"proprio_B1D has shape {list(shape)}; expected {[B, 1, D]}")
             parts.append(proprio_B1D.to(self.dtype))
         vision_tokens = sum(part.shape[1] for part in parts) - 1
         parts.append(text_BPD[:, 1:])
-        if placeholders_BAD is None:
-            placeholders_BAD = text_BPD.new_zeros(B, A, D)
-        parts.append(placeholders_BAD.to(self.dtype))
+        parts.append(text_BPD.new_zeros(B, A, D))  # the placeholders, as published
         if stop:
             parts.append(trunk.embed_tokens(ids_BP.new_full((B, 1), STOP)))
         mask = None
@@ -195,7 +188,6 @@ class OpenVLAOFT(nn.Module):
         mask_BP: Tensor | None = None,
         *,
         proprio_B1D: Tensor | None = None,
-        placeholders_BAD: Tensor | None = None,
         stop: bool = True,
         checkpoint_blocks: bool = False,
     ) -> Tensor:
@@ -207,7 +199,6 @@ class OpenVLAOFT(nn.Module):
             ids_BP,
             mask_BP,
             proprio_B1D=proprio_B1D,
-            placeholders_BAD=placeholders_BAD,
             stop=stop,
             checkpoint_blocks=checkpoint_blocks,
         )

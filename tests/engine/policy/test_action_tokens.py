@@ -1,4 +1,4 @@
-"""Action numbers: bins against the published arithmetic, statistics both ways, the gripper."""
+"""Action numbers: bins against the published arithmetic, statistics both ways."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from worldloop.engine.policy.action_tokens import (
     EDGES,
     Statistics,
     from_tokens,
-    gripper_to_env,
     to_tokens,
 )
 from worldloop.errors import UserError
@@ -186,23 +185,3 @@ def test_a_damaged_entry_is_refused(change, message):
     with pytest.raises(UserError, match=message) as caught:
         Statistics.from_dict(entry)
     assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------- the gripper
-
-
-def test_gripper_convention():
-    actions = np.zeros((4, 7), np.float32)
-    actions[:, :6] = np.random.default_rng(4).normal(size=(4, 6))
-    actions[:, 6] = [1.0, 0.0, 0.9, 0.1]  # the model: 1 open, 0 closed
-    before = actions.copy()
-    env = gripper_to_env(actions)
-    np.testing.assert_array_equal(env[:, 6], [-1, 1, -1, 1])  # LIBERO: -1 open, +1 close
-    np.testing.assert_array_equal(env[:, :6], before[:, :6])
-    np.testing.assert_array_equal(actions, before)
-
-
-def test_gripper_from_tokens():
-    """The gripper passes the statistics unchanged, so bin centres reach the sign."""
-    chunk = from_tokens(np.array([[128] * 6 + [0], [128] * 6 + [255]]))
-    np.testing.assert_array_equal(gripper_to_env(LIBERO.unnormalise(chunk))[:, 6], [-1, 1])

@@ -216,17 +216,6 @@ def test_logits_are_those_of_the_sequence_written_out(model, inputs):
 
 
 @torch.no_grad()
-def test_a_later_placeholder_changes_earlier_logits(model, inputs):
-    zeros = torch.zeros(2, 56, model.config.llama.width)
-    changed = zeros.clone()
-    changed[:, 40] = 1
-    plain = model.logits(*inputs)
-    torch.testing.assert_close(model.logits(*inputs, placeholders_BAD=zeros), plain)
-    moved = (model.logits(*inputs, placeholders_BAD=changed) - plain).abs().amax(-1)
-    assert (moved > 1e-4).all(), "some action token does not see the 41st placeholder"
-
-
-@torch.no_grad()
 def test_dropping_stop_changes_logits(model, inputs):
     assert relative(model.logits(*inputs, stop=False), model.logits(*inputs)) > 1e-3
 
@@ -335,7 +324,6 @@ def test_bad_inputs_name_the_argument(model, inputs):
         ("1 rows", lambda: model.logits(pixels[:1], ids)),
         ("int64", lambda: model.logits(pixels, ids.float())),
         ("mask_BP", lambda: model.logits(pixels, ids, ids)),
-        ("placeholders_BAD", lambda: model.logits(pixels, ids, placeholders_BAD=pixels)),
         ("proprio_B1D", lambda: model.logits(pixels, ids, proprio_B1D=pixels)),
     ):
         with pytest.raises(UserError, match=match) as caught:
