@@ -13,6 +13,7 @@ Shape letters: B rows, C channels, F latent frames, H W latent height and width,
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -52,14 +53,26 @@ def noise_for(
 ) -> Tensor:
     """Standard normal [len(seeds), *shape] fp32; row i depends on seeds[i] and `shape` alone.
 
-    Drawn on the host with Philox, hence the same on every device and beside any batch mates.
+    Drawn on the host with Philox, by as many threads as torch has, hence the same on every device
+    and beside any batch mates; a GPU takes it over while the host goes on.
     (torch's CPU generator keeps only the low 32 bits of a seed: too few for millions of chunks.)
     """
-    rows = [
-        np.random.Generator(np.random.Philox(key=seed)).standard_normal(tuple(shape), np.float32)
-        for seed in seeds
-    ]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    device = torch.device(device)
+    noise = torch.empty(len(seeds), *shape, pin_memory=device.type == "cuda")
+    rows = noise.numpy()
+
+    def draw(i: int) -> None:
+        generator = np.random.Generator(np.random.Philox(key=seeds[i]))
+        generator.standard_normal(dtype=np.float32, out=rows[i])  # without the interpreter's lock
+
+    threads = min(torch.get_num_threads(), len(seeds))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, range(len(seeds))))
+    else:  # to wake a thread would take longer than to draw
+        for i in range(len(seeds)):
+            draw(i)
+    return noise.to(device, non_blocking=True)
 
 
 # What the network predicts ----------------------------------------------------------------------

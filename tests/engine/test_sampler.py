@@ -45,6 +45,14 @@ def test_noise_of_a_row_ignores_its_batch_mates():
     assert not torch.equal(together[0], together[1])
 
 
+def test_noise_is_the_same_however_many_threads_draw_it(monkeypatch):
+    drawn = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        drawn.append(noise_for(range(7), (4, 2, 3)))
+    assert torch.equal(*drawn)
+
+
 def test_noise_uses_all_bits_of_the_seed():
     high = 1 << 40  # torch's own CPU generator would give these two the same noise
     assert not torch.equal(noise_for([5], (8,)), noise_for([5 + high], (8,)))
