@@ -62,9 +62,6 @@ def trajectory_weights(valid_BT: npt.NDArray[np.bool_], action_dim: int) -> npt.
 # ---------------------------------------------------------------- modes of the path
 
 
-TAIL = 4  # degrees of freedom of Student's t
-
-
 @lru_cache
 def path_modes(steps: int, count: int) -> Tensor:
     """The ``count`` ways [M,C] in which commands of ``steps`` steps move the hand farthest.
@@ -85,9 +82,7 @@ def path_logprobs(
     How far is a weighted sum of a dimension's actions at the valid steps. They are drawn
     independently, so it is nearly normal, with the sums of their means and variances. Where the
     outcome depends on the path alone, the policy gradient of these few numbers is that of all the
-    tokens without the noise of what did not matter (Rao-Blackwell). The likelihood is Student's t
-    of that centre and scale: a normal one would let a token that is far off where the policy is
-    sure (a gripper's) outweigh thousands. Differentiable.
+    tokens without the noise of what did not matter (Rao-Blackwell). Differentiable.
     """
     values = torch.from_numpy(from_tokens(np.arange(BINS))).to(logits_kCAN.device)
     p = torch.softmax(logits_kCAN.float() / temperature, -1)
@@ -97,7 +92,5 @@ def path_logprobs(
     off = weights @ (values[tokens_kCA] - mean)
     # A bin's width squared over 12: no sum of bins is surer than that.
     spread = weights.square() @ variance + (2 / BINS) ** 2 / 12
-    constant = math.lgamma((TAIL + 1) / 2) - math.lgamma(TAIL / 2) - 0.5 * math.log(TAIL * math.pi)
-    far = torch.log1p(off.square() / (TAIL * spread))
-    logprobs = constant - 0.5 * ((TAIL + 1) * far + torch.log(spread))
+    logprobs = -0.5 * (off.square() / spread + torch.log(2 * math.pi * spread))
     return logprobs, 0.5 * torch.log(2 * math.pi * math.e * spread)
