@@ -4,9 +4,7 @@ The unit of training is one *decision*: an episode's frame before a chunk and th
 The unit of a forward pass is what decisions *see*: a group's members begin alike, so their first
 decisions are one pass and many tokens. Frames stay uint8 until the moment they are needed.
 
-Shape letters: B episodes, T actions of an episode, K decisions, C actions of a chunk, A action dim;
-k decisions of a micro-batch, U units of a decision whose likelihood is learned from: its C actions,
-or the modes of its path (`loss.path_modes`).
+Shape letters: B episodes, T actions of an episode, K decisions, C actions of a chunk, A action dim.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import torch
 from worldloop.config import positive
 from worldloop.engine.policy.vla import VLAPolicy, distinct
 from worldloop.errors import UserError
-from worldloop.rl.loss import ClipConfig, path_logprobs, token_loss, trajectory_weights
+from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
 from worldloop.types import Rollout
 
 Floats = npt.NDArray[np.float32]
@@ -45,9 +43,6 @@ class LearnerConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     clip: ClipConfig = ClipConfig()
-    path_modes: int = 0
-    """Learn from the likelihood of so many ways in which a chunk bends the hand's path, in place of
-    every token's (`loss.path_logprobs`); 0: tokens. For actions that are increments."""
     mini_batch: int = 128
     """Most episodes an optimizer step; an iteration's are shared out evenly."""
     micro_batch: int = 16
@@ -64,10 +59,6 @@ class LearnerConfig:
             raise UserError(
                 f"old_logprobs is {self.old_logprobs!r}; expected 'recompute' or 'rollout'"
             )
-        if self.path_modes < 0:
-            raise UserError(f"path_modes is {self.path_modes}; expected at least 0")
-        if self.path_modes and self.old_logprobs != "recompute":
-            raise UserError("path_modes need old_logprobs 'recompute': what was sampled are tokens")
         if not 0 <= self.cooldown <= 1:
             raise UserError(f"cooldown is {self.cooldown}; expected 0 .. 1")
         positive(self, "mini_batch", "micro_batch", "epochs")
@@ -142,45 +133,31 @@ class Learner:
     def _forward(
         self, e: Experience, part: npt.NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [k,U,A] of a micro-batch's units."""
+        """Log-probabilities and entropies [k,C,A] of a micro-batch's tokens."""
         b, k = part.T
-        seen = e.frames[b, k], [e.instructions[i] for i in b]
-        tokens = self._by_decision(e.tokens)[b, k]
-        checkpoint = self.config.checkpoint_blocks
         with self.precision:
-            if not self.config.path_modes:
-                return self.policy.logprobs(*seen, tokens, checkpoint_blocks=checkpoint)
-            logits = self.policy.shared_logits(*seen, checkpoint_blocks=checkpoint)
-        device = logits.device
-        return path_logprobs(
-            logits.view(*tokens.shape, -1), torch.from_numpy(tokens).to(device),
-            torch.from_numpy(self._by_decision(e.valid)[b, k]).to(device), self.config.path_modes,
-            self.policy.temperature,
-        )  # fmt: skip
+            return self.policy.logprobs(
+                e.frames[b, k],
+                [e.instructions[i] for i in b],
+                self._chunks(e.tokens, part),
+                checkpoint_blocks=self.config.checkpoint_blocks,
+            )
 
-    def _by_decision(self, array_BTx: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """An array over time, [B,K,C,...]."""
-        B, _, *rest = array_BTx.shape
-        return array_BTx.reshape(B, -1, self.policy.action_spec.chunk, *rest)
-
-    def _unit_weights(
-        self, weights_BT: Floats, part: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Weights [k,U,1] of decisions' units: modes share that of their tokens evenly."""
-        weights = self._by_decision(weights_BT)[tuple(part.T)]
-        if self.config.path_modes:
-            whole = weights.sum(1, keepdims=True)
-            weights = np.repeat(whole / self.config.path_modes, self.config.path_modes, 1)
-        return weights[..., None]
+    def _chunks(self, array_BTx: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> Any:
+        """The rows (episode, chunk) of an array over time, [k,C,...]."""
+        chunk = self.policy.action_spec.chunk
+        times = part[:, 1, None] * chunk + np.arange(chunk)
+        return array_BTx[part[:, 0, None], times]
 
     @torch.no_grad()
     def logprobs(self, e: Experience) -> Floats:
-        """Log-probabilities [B,K,U,A] of an experience's units by the present weights."""
-        B, K = e.advantages.shape
-        units = self.config.path_modes or self.policy.action_spec.chunk
-        out = np.zeros((B, K, units, e.tokens.shape[-1]), np.float32)
-        for part in self._micro_batches(e, self._decisions(e, np.arange(B))):
-            out[tuple(part.T)] = self._forward(e, part)[0].float().cpu().numpy()
+        """Log-probabilities [B,T,A] of an experience's tokens by the present weights."""
+        out = np.zeros_like(e.logprobs)
+        chunk = self.policy.action_spec.chunk
+        for part in self._micro_batches(e, self._decisions(e, np.arange(len(e.tokens)))):
+            values = self._forward(e, part)[0].float().cpu().numpy()
+            for (b, k), value in zip(part, values, strict=True):
+                out[b, k * chunk : (k + 1) * chunk] = value
         return out
 
     # ------------------------------------------------------------ update
@@ -189,17 +166,16 @@ class Learner:
         """Pass over the experience ``epochs`` times in mini-batches; metrics of the whole update.
 
         ``seed`` orders the mini-batches; ``done`` is the share of the run that lies behind.
-        Metrics: loss, entropy (nats a unit), ratio (mean and largest), clip_fraction, gradient
+        Metrics: loss, entropy (nats a token), ratio (mean and largest), clip_fraction, gradient
         norm, and the gap between the sampler's and the learner's log-probabilities before the
         first step (of all episodes, or of the first mini-batch's with old_logprobs="rollout").
         Raises UserError for a loss that is not finite.
         """
         config = self.config
-        old, gap = self._by_decision(e.logprobs), {}
+        old, gap = e.logprobs, {}
         if config.old_logprobs == "recompute":
             old = self.logprobs(e)
-            if not config.path_modes:
-                gap = gap_metrics(e.logprobs, old.reshape(e.logprobs.shape), e.valid)
+            gap = gap_metrics(e.logprobs, old, e.valid)
         rng = np.random.default_rng(seed)
         sums: dict[str, float] = {}
         largest, optimizer_steps = 0.0, 0
@@ -246,13 +222,13 @@ class Learner:
         largest: dict[str, Any] = {"ratio_max": 0.0, "gap_max": 0.0}
         decisions = self._decisions(e, rows)
         decisions = decisions[e.advantages[tuple(decisions.T)] != 0]
-        learned = float(self._unit_weights(weights, decisions).sum()) * e.tokens.shape[-1]
+        learned = float(self._chunks(weights, decisions).sum()) * e.tokens.shape[-1]
         for part in self._micro_batches(e, decisions):
             logprobs, entropy = self._forward(e, part)
             device = logprobs.device
-            weight = torch.from_numpy(self._unit_weights(weights, part)).to(device)
+            weight = torch.from_numpy(self._chunks(weights, part)).to(device)[..., None]
             advantage = torch.from_numpy(e.advantages[tuple(part.T)]).to(device)[:, None, None]
-            before = torch.from_numpy(old[tuple(part.T)]).to(device)
+            before = torch.from_numpy(self._chunks(old, part)).to(device)
             losses, facts = token_loss(logprobs.float(), before, advantage, self.config.clip)
             loss = (losses * weight).sum()
             loss.backward()

@@ -1,21 +1,16 @@
-"""The clipped policy loss of GRPO as SimpleVLA-RL uses it, by tokens or by the path's modes.
+"""The clipped policy loss of GRPO as SimpleVLA-RL uses it, token by token.
 
-Shape letters: B episodes, T actions, A action dim; k decisions, C actions of a chunk, M modes, N
-bins. Losses are in nats times advantage.
+Shape letters: B episodes, T actions, A action dim. Losses are in nats times advantage.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from worldloop.engine.policy.action_tokens import BINS, from_tokens
 
 
 @dataclass(frozen=True)
@@ -57,40 +52,3 @@ def trajectory_weights(valid_BT: npt.NDArray[np.bool_], action_dim: int) -> npt.
     counts = valid_BT.sum(1, keepdims=True) * action_dim
     weights = valid_BT / np.maximum(counts, 1) / max(1, int((counts > 0).sum()))
     return weights.astype(np.float32)
-
-
-# ---------------------------------------------------------------- modes of the path
-
-
-@lru_cache
-def path_modes(steps: int, count: int) -> Tensor:
-    """The ``count`` ways [M,C] in which commands of ``steps`` steps move the hand farthest.
-
-    Commands are increments, so the path is their running sum: these are the right singular vectors
-    of that sum, the largest first. Of the path that independent commands make (a random walk)
-    the first has 81 % of the variance, the first four 95 %: the other twenty of 24 are trembling.
-    """
-    _, _, rows = np.linalg.svd(np.tril(np.ones((steps, steps))))
-    return torch.from_numpy(rows[:count].astype(np.float32))
-
-
-def path_logprobs(
-    logits_kCAN: Tensor, tokens_kCA: Tensor, valid_kC: Tensor, count: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [k,M,A] of how far chunks went in each mode, and entropies, in nats.
-
-    How far is a weighted sum of a dimension's actions at the valid steps. They are drawn
-    independently, so it is nearly normal, with the sums of their means and variances. Where the
-    outcome depends on the path alone, the policy gradient of these few numbers is that of all the
-    tokens without the noise of what did not matter (Rao-Blackwell). Differentiable.
-    """
-    values = torch.from_numpy(from_tokens(np.arange(BINS))).to(logits_kCAN.device)
-    p = torch.softmax(logits_kCAN.float() / temperature, -1)
-    mean = p @ values
-    variance = p @ values.square() - mean.square()
-    weights = path_modes(tokens_kCA.shape[1], count).to(values.device) * valid_kC[:, None]
-    off = weights @ (values[tokens_kCA] - mean)
-    # A bin's width squared over 12: no sum of bins is surer than that.
-    spread = weights.square() @ variance + (2 / BINS) ** 2 / 12
-    logprobs = -0.5 * (off.square() / spread + torch.log(2 * math.pi * spread))
-    return logprobs, 0.5 * torch.log(2 * math.pi * math.e * spread)

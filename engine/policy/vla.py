@@ -237,23 +237,6 @@ class VLAPolicy(TokenPolicy):
         """Float32 logits [B,N,256] for camera frames."""
         return self.forward(self.pictures(frames_BVHW3), instructions)
 
-    def shared_logits(
-        self,
-        frames_BVHW3: npt.NDArray[np.uint8],
-        instructions: Sequence[str],
-        *,
-        checkpoint_blocks: bool = False,
-    ) -> Tensor:
-        """`logits` with gradients; rows that see the same share one forward and one backward pass
-        (`distinct`): no token is an input of the network."""
-        first, which = distinct(frames_BVHW3, instructions)
-        logits = self.forward(
-            self.pictures(frames_BVHW3[first]),
-            [instructions[i] for i in first],
-            checkpoint_blocks=checkpoint_blocks,
-        )
-        return logits[which]
-
     def logprobs(
         self,
         frames_BVHW3: npt.NDArray[np.uint8],
@@ -264,9 +247,15 @@ class VLAPolicy(TokenPolicy):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B,T,A] of tokens at the policy's temperature, in nats.
 
-        Differentiable; both over the 256 action bins only (SimpleVLA-RL).
+        Differentiable; both over the 256 action bins only (SimpleVLA-RL). Rows that see the same
+        share one forward and one backward pass (`distinct`): no token is an input of the network.
         """
-        logits = self.shared_logits(frames_BVHW3, instructions, checkpoint_blocks=checkpoint_blocks)
+        first, which = distinct(frames_BVHW3, instructions)
+        logits = self.forward(
+            self.pictures(frames_BVHW3[first]),
+            [instructions[i] for i in first],
+            checkpoint_blocks=checkpoint_blocks,
+        )[which]
         tokens = torch.from_numpy(tokens_BTA).to(logits.device)
         logprobs, entropy = token_logprobs(logits, tokens.flatten(1), self.temperature)
         return logprobs.view(tokens.shape), entropy.view(tokens.shape)

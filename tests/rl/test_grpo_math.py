@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop.engine.policy.action_tokens import from_tokens
 from worldloop.errors import UserError
 from worldloop.rl.advantage import (
     decision_advantages,
@@ -15,13 +14,7 @@ from worldloop.rl.advantage import (
     mixed_groups,
 )
 from worldloop.rl.learner import gap_metrics
-from worldloop.rl.loss import (
-    ClipConfig,
-    path_logprobs,
-    path_modes,
-    token_loss,
-    trajectory_weights,
-)
+from worldloop.rl.loss import ClipConfig, token_loss, trajectory_weights
 from worldloop.rl.starts import StartChooser
 
 
@@ -196,56 +189,3 @@ def test_more_groups_than_starts_take_all_of_them_equally_often():
         assert len(rows) == 12 and set(rows) <= set(range(4))
         if mixed:
             assert np.bincount(rows).tolist() == [3, 3, 3, 3]
-
-
-def test_path_modes_are_those_that_move_the_hand_farthest():
-    modes = path_modes(24, 24).numpy().astype(float)
-    np.testing.assert_allclose(modes @ modes.T, np.eye(24), atol=1e-5)
-    lengths = np.linalg.norm(np.cumsum(modes, 1), axis=1)  # of the path that each makes
-    assert (np.diff(lengths) < 0).all()
-    share = lengths**2 / (lengths**2).sum()
-    assert share[0] == pytest.approx(0.81, abs=0.01) and share[:4].sum() > 0.95
-    assert torch.equal(path_modes(24, 4), path_modes(24, 24)[:4])
-
-
-def test_log_probabilities_of_modes_against_draws():
-    """The likelihood of a weighted sum of drawn actions, against a histogram of such sums."""
-    rng = torch.Generator().manual_seed(0)
-    centre = torch.linspace(60, 180, 24)[None, :, None, None]
-    logits = -0.5 * ((torch.arange(256) - centre) / 12).square().expand(1, 24, 2, 256)
-    p = torch.softmax(logits, -1).reshape(-1, 256)
-    tokens = torch.multinomial(p, 20_000, replacement=True, generator=rng).T.view(-1, 24, 2)
-    valid = torch.ones(24, dtype=torch.bool)
-    valid[15:] = False  # ended there: what follows is not part of the sum
-    for row, count in ((valid, 1), (torch.ones_like(valid), 3)):
-        valid_kC = row.expand(len(tokens), 24)
-        logprobs, entropy = path_logprobs(logits, tokens, valid_kC, count, 1.0)
-        assert logprobs.shape == (len(tokens), count, 2)
-        # The mean of -log p over draws is the entropy: only where p is theirs.
-        np.testing.assert_allclose(-logprobs.mean(0), entropy.expand_as(logprobs)[0], atol=0.03)
-
-
-def test_the_gradient_of_modes_is_that_of_tokens_with_less_noise():
-    """An outcome that depends on where the hand ends: the same mean, a fraction of the variance."""
-    rng, C = torch.Generator().manual_seed(1), 12
-    base = -0.5 * ((torch.arange(256) - 128) / 12).square()
-    tokens = torch.multinomial(torch.softmax(base, -1), 8000 * C, True, generator=rng).view(-1, C)
-    values = torch.from_numpy(from_tokens(np.arange(256)))
-    success = (values[tokens].sum(1) > 0.3).float()
-    advantage = (success - success.mean()) / success.std()
-    gradients = {}
-    for name in ("tokens", "modes"):
-        shift = torch.zeros(len(tokens), C, requires_grad=True)  # of each step's mean, row by row
-        logits = (base + shift[..., None] * values)[:, :, None]
-        if name == "tokens":
-            logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[..., None, None])
-        else:
-            valid = torch.ones(len(tokens), C, dtype=torch.bool)
-            logprobs, _ = path_logprobs(logits, tokens[..., None], valid, 4, 1.0)
-        (advantage * logprobs.flatten(1).sum(1)).sum().backward()
-        gradients[name] = shift.grad
-    means = {name: gradient.mean(0) for name, gradient in gradients.items()}
-    assert torch.cosine_similarity(*means.values(), dim=0) > 0.97
-    assert float(means["modes"].norm() / means["tokens"].norm()) == pytest.approx(1, abs=0.1)
-    noise = {name: float(g.var(0).sum()) for name, g in gradients.items()}
-    assert noise["modes"] < 0.5 * noise["tokens"], noise
