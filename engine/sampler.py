@@ -58,7 +58,9 @@ def noise_for(
     (torch's CPU generator keeps only the low 32 bits of a seed: too few for millions of chunks.)
     """
     device = torch.device(device)
-    noise = torch.empty(len(seeds), *shape, pin_memory=device.type == "cuda")
+    noise = torch.empty(
+        len(seeds), *shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda"
+    )
     rows = noise.numpy()
 
     def draw(i: int) -> None:
