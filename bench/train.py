@@ -3,7 +3,8 @@
 The loss, the optimiser and the averaging are those of `worldloop train world-model`; latents are
 synthetic, of the real shape (training reads encoded latents, so no autoencoder runs in a step).
 MFU counts three forward passes of the DiT for each one (forward, and backward twice that), not
-what checkpointing computes again nor the optimiser's own products.
+what checkpointing computes again nor the optimiser's own products. Blocks run as they are and,
+where that changes no loss, compiled.
 
 Shape letters: B episodes, C latent channels, F latent frames, T actions, A action dim.
 """
@@ -32,6 +33,7 @@ from worldloop.bench.worlds import (
 )
 from worldloop.cli import parse_config
 from worldloop.config import positive
+from worldloop.engine.backends.compiled import compile_blocks
 from worldloop.engine.dit import DiT
 from worldloop.engine.precision import autocast
 from worldloop.engine.reward import RewardHead
@@ -42,6 +44,8 @@ from worldloop.training.latents import Batch
 from worldloop.training.optimizer import MuonAdamW
 from worldloop.training.world_loss import Trainee, training_flops, training_loss
 from worldloop.training.world_model import WorldModelTraining
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of a loss, once blocks are compiled
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class TrainBench:
     repeats: int = 5
     checkpoint: bool | None = None
     """Compute blocks again in the backward pass; without it only for the large presets."""
+    compile: bool = True
+    """Time the step with compiled blocks, too (`worldloop train world-model --compile`)."""
     precision: str = "auto"
     """bf16 (autocast), fp32, or auto: bf16 where the machine has it."""
     threads: int = 2
@@ -194,6 +200,45 @@ def gate(trainer: Trainer) -> dict[str, float]:
     return {"loss": value, "least_gradient": min(v for v in norms.values() if v > 0)}
 
 
+def compile_equal(trainer: Trainer, most: float) -> float:
+    """Compile the trainer's blocks; by how much (relative) that changes a loss, else UserError."""
+    torch.manual_seed(0)
+    before = float(trainer.loss().detach())
+    compile_blocks(trainer.model.dit)
+    torch.manual_seed(0)
+    change = abs(float(trainer.loss().detach()) / before - 1)
+    if not change <= most:
+        raise UserError(
+            f"compiled blocks change the loss by {change:.1e} (relative; at most {most:.0e}): no "
+            "speed for unequal work; --no-compile leaves them out"
+        )
+    return change
+
+
+def measure(trainer: Trainer, first: float) -> dict[str, Any]:
+    """A step's time, split and memory; ``first``: seconds to the end of the first, compilation and
+    all."""
+    config, device = trainer.config, trainer.device
+    memory = timing.peak_memory(trainer.step, device)
+    times = timing.Times()
+    for _ in range(config.repeats):
+        times.add(trainer.step, device)
+    split = trainer.split_step()
+    rows = len(trainer.batch.latents)
+    flops = training_flops(trainer.world, trainer.batch)
+    return {
+        **times.to_dict(),
+        "first_s": first,
+        "episodes_per_s": rows / times.p50,
+        "frames_per_s": rows * config.chunks * trainer.world.action_spec.chunk / times.p50,
+        "tflop": flops / 1e12,
+        "tflops": flops / times.p50 / 1e12,
+        "split_s": split,
+        "dit_share": (split["dit_forward"] + split["backward"]) / split["total"],
+        "memory": memory,
+    }
+
+
 def bench(config: TrainBench) -> dict[str, Any]:
     """Measure; the document that is written."""
     torch.set_num_threads(config.threads)
@@ -218,28 +263,23 @@ def bench(config: TrainBench) -> dict[str, Any]:
         on = torch.is_autocast_enabled(device.type)
     dtype = torch.bfloat16 if on else torch.float32
     ceilings = timing.Ceilings(dtype, device).measure()
-    memory = timing.peak_memory(trainer.step, device)
-    times = timing.Times()
-    for _ in range(config.repeats):
-        times.add(trainer.step, device)
-    split = trainer.split_step()
+    measured = {"eager": measure(trainer, first)}
+    if config.compile:
+        since = time.perf_counter()
+        parity["compiled_loss_change"] = compile_equal(trainer, TOLERANCES[dtype])
+        trainer.step()
+        measured["compiled"] = measure(trainer, time.perf_counter() - since)
     ceilings.measure()
-    flops = training_flops(world, trainer.batch)
-    frames = rows * config.chunks * world.action_spec.chunk
-    step = {
-        "batch": rows,
-        **times.to_dict(),
-        "first_s": first,
-        "episodes_per_s": rows / times.p50,
-        "frames_per_s": frames / times.p50,
-        "tflop": flops / 1e12,
-        "tflops": flops / times.p50 / 1e12,
-        "mfu": flops / times.p50 / ceilings.gemm,
-        "split_s": split,
-        "dit_share": (split["dit_forward"] + split["backward"]) / split["total"],
-        "memory": memory,
-        "out_of_memory": too_large,
-    }
+    steps = [
+        {
+            "implementation": name,
+            "batch": rows,
+            **step,
+            "mfu": step["tflops"] * 1e12 / ceilings.gemm,
+            "out_of_memory": too_large,
+        }
+        for name, step in measured.items()
+    ]
     values = {
         "preset": preset,
         "picture": list(world.picture),
@@ -248,7 +288,7 @@ def bench(config: TrainBench) -> dict[str, Any]:
         "checkpoint": trainer.checkpoint,
         "gate": parity,
         "ceilings": ceilings.to_dict(),
-        "steps": [step],
+        "steps": steps,
     }
     return timing.document("train", config, device, config.threads, values)
 
@@ -259,10 +299,11 @@ def main(argv: list[str]) -> int:
     found = bench(config)
     height, width = found["picture"]
     path = timing.write(config.out, f"train-{found['preset']}-{height}x{width}", found)
-    step = found["steps"][0]
-    print(
-        f"train {found['preset']}, batch {step['batch']} x {found['chunks']} chunks, "
-        f"{found['dtype']}: {step['p50_s']:.3f} s a step, {step['frames_per_s']:.1f} frames/s, "
-        f"MFU {step['mfu']:.0%}, {step['dit_share']:.0%} of the time in the DiT; {path}"
-    )
+    for step in found["steps"]:
+        print(
+            f"train {found['preset']}, {step['implementation']}, batch {step['batch']} x "
+            f"{found['chunks']} chunks, {found['dtype']}: {step['p50_s']:.3f} s a step, "
+            f"{step['frames_per_s']:.1f} frames/s, MFU {step['mfu']:.0%}, "
+            f"{step['dit_share']:.0%} of the time in the DiT; {path}"
+        )
     return 0

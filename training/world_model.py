@@ -23,6 +23,7 @@ from torch import nn
 from worldloop.checkpoint import load_into
 from worldloop.cli import parse_config
 from worldloop.engine.arm import Arm
+from worldloop.engine.backends.compiled import compile_blocks
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import PRESETS
 from worldloop.engine.light_vae import LightVAE
@@ -107,6 +108,9 @@ class WorldModelTraining(TrainingOptions):
     from a published Cosmos `.pt`: every tensor whose shape fits."""
     checkpoint_blocks: bool = False
     """Recompute transformer blocks in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Run transformer blocks through torch.compile: shorter steps and less memory, after a minute
+    or more of compilation at the first (a CPU needs a C++ compiler for it)."""
     fsdp: bool = False
     """Under torchrun: share weights, gradients and moments out over the processes (FSDP2)."""
     arm_steps: int = 10_000
@@ -216,6 +220,8 @@ class _Training:
         self.model, self.arm = model, arm
         self.autoencoder = autoencoder_of(config.autoencoder)
         self.device = next(model.parameters()).device
+        if config.compile:
+            compile_blocks(model.dit)
         self.shards = ShardedState(config.out / "state", workers) if config.fsdp else None
         if config.fsdp:
             shard(model.dit, model.reward, workers, self.device)

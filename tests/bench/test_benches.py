@@ -104,6 +104,19 @@ def test_a_training_step_without_gradients_prints_no_speed(monkeypatch):
         train.gate(trainer)
 
 
+def test_blocks_that_compile_to_something_else_print_no_speed(monkeypatch):
+    config = train.TrainBench(threads=1, batch=1, chunks=1)
+    trainer = train.Trainer(config, bench_config("tiny", None), 1, CPU)
+    scale = 1.0
+    monkeypatch.setattr(
+        train, "compile_blocks", lambda dit: dit.final_layer.linear.weight.data.mul_(scale)
+    )
+    assert train.compile_equal(trainer, 1e-4) == 0
+    scale = 1.05
+    with pytest.raises(UserError, match="no speed for unequal work"):
+        train.compile_equal(trainer, 1e-4)
+
+
 @pytest.mark.gpu
 def test_rollout_on_a_gpu(tmp_path):
     options = ["--preset", "tiny", "--rounds", "1", "--batches", "1", "2", "--shares-batch", "2"]

@@ -12,7 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from worldloop.checkpoint import load_tensors, load_training_state, save_checkpoint
+from worldloop.checkpoint import (
+    load_checkpoint,
+    load_tensors,
+    load_training_state,
+    save_checkpoint,
+)
 from worldloop.cli import main as worldloop
 from worldloop.engine.dit import DiT
 from worldloop.engine.light_vae import load_autoencoder
@@ -499,6 +504,27 @@ def test_bf16_trains_and_samples(dataset, autoencoder, tmp_path):
     assert {p.dtype for p in WorldModel.from_pretrained(folder).parameters()} == {torch.float32}
     with pytest.raises(UserError, match="precision is 'fp8'"):
         autocast(torch.device("cpu"), "fp8")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(dataset, autoencoder, tmp_path):
+    """Plain or recomputed in the backward pass; what is not differentiated is not compiled."""
+    outs = {}
+    for name, changes in {
+        "plain": {}, "compiled": {"compile": True},
+        "recomputed": {"compile": True, "checkpoint_blocks": True},
+    }.items():  # fmt: skip
+        outs[name] = tmp_path / name
+        world_model.train(
+            training_config(dataset, autoencoder, outs[name], steps=2, sample_every=2, **changes)
+        )
+    plain, *others = (rows_of(out) for out in outs.values())
+    for rows in others:
+        assert [row["step"] for row in rows] == [row["step"] for row in plain]
+        for row, expected in zip(rows, plain, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4)
+    weights = [load_checkpoint(out / "model", kind="world_model").parts for out in outs.values()]
+    assert weights[0]["dit"].keys() == weights[1]["dit"].keys()
 
 
 TWO = """
