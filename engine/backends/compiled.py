@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def compile_blocks(dit: DiT) -> None:
     Where a CPU has no C++ compiler, the first pass raises UserError.
     """
     compiled = _compile(Block.forward)
-    for block in dit.blocks:
+    for block in cast(Sequence[Block], dit.blocks):
         block.__dict__["forward"] = functools.partial(_pass, compiled, block)
 
 
