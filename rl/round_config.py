@@ -28,9 +28,12 @@ class FineTune:
     """Small: at 8e-4 a few hundred episodes made the world model worse (docs/loop.md)."""
     lr_vectors: float = 1e-4
     reward_weight: float = 1.0
-    held_out: int = 16
+    held_out: int = 32
     """Last episodes of SANS, which are the policy's newest; never trained on."""
-    save_every: int = 40
+    save_every: int = 20
+    keep: Literal["last", "best"] = "best"
+    """What goes into RL: the last weights, or those with the least error on the held-out ones, the
+    pretrained model's among them."""
     arm_steps: int = 3000
     """Steps of fitting the arm anew; the pretrained one stays where it ends nearer on held-out
     episodes. 0: keep that."""

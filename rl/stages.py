@@ -156,10 +156,13 @@ def fine_tune(
         argv += ["--" + name.replace("_", "-"), value]
     run_job(argv, at / "jobs/fine-tune.log", processes)
     rows = read_rows(out / "metrics.jsonl")
-    last = {k: v for k, v in rows[-1].items() if k.startswith("held_out_")}
+    best = config.fine_tune.keep == "best"
+    kept = min(rows, key=lambda row: row["held_out_loss"]) if best else rows[-1]
+    facts = {k: v for k, v in kept.items() if k.startswith("held_out_")}
     curve = [[row["step"], row["held_out_flow"], row["held_out_reward"]] for row in rows]
     rule = calibrate(config, out / "model", episodes)
-    return Made({"world": out / "model"}, {**last, **rule, "curve": curve})
+    facts |= {"kept_step": kept["step"], **rule, "curve": curve}
+    return Made({"world": out / "model"}, facts)
 
 
 def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any]:

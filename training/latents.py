@@ -176,15 +176,20 @@ class Batches:
         picked = rng.integers(len(tasks), size=config.batch)
         return self.of(np.array([tasks[i][rng.integers(len(tasks[i]))] for i in picked]))
 
-    def held(self, most: int = 16) -> list[Batch]:
-        """Up to ``most`` held-out episodes, the same number of each dataset; a batch a horizon."""
+    def held(self, most: int = 32, at_once: int = 16) -> list[Batch]:
+        """Up to ``most`` held-out episodes, the same number of each dataset, in batches of one
+        horizon and ``at_once`` rows at most."""
         whole = [(n, part) for n, part in zip(self.first, self.parts) if part.first == 0]
         each = min(self.config.held_out, max(1, most // len(whole)))
         rows: dict[int, list[int]] = {}
         for first, part in whole:
             last = range(int(first) + len(part) - each, int(first) + len(part))
             rows.setdefault(part.actions.shape[1], []).extend(last)
-        return [self.of(np.array(numbers)) for numbers in rows.values()]
+        return [
+            self.of(np.array(numbers[first : first + at_once]))
+            for numbers in rows.values()
+            for first in range(0, len(numbers), at_once)
+        ]
 
     def of(self, episodes: npt.NDArray[np.int64]) -> Batch:
         """The rows of these episodes, all of one horizon."""

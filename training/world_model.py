@@ -10,11 +10,12 @@ Shape letters: B episodes, C channels, F latent frames, H W latent sides, T acti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import EpisodeDataset
 from worldloop.errors import UserError
 from worldloop.files import exclusive
-from worldloop.track import Run
+from worldloop.track import Run, read_rows
 from worldloop.training.common import (
     EMA,
     Clock,
@@ -108,6 +109,9 @@ class WorldModelTraining(TrainingOptions):
     from a published Cosmos `.pt`: every tensor whose shape fits."""
     checkpoint_blocks: bool = False
     """Recompute transformer blocks in the backward pass: less memory, a third more time."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights `model` holds: those of the last save, or those with the least held-out loss so
+    far. That of the start counts, too: a few episodes more can make a good model worse."""
     compile: bool = False
     """Run transformer blocks through torch.compile: shorter steps and less memory, after a minute
     or more of compilation at the first (a CPU needs a C++ compiler for it)."""
@@ -127,6 +131,8 @@ class WorldModelTraining(TrainingOptions):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
+        if self.keep not in ("last", "best"):
+            raise UserError(f"keep is {self.keep!r}; expected 'last' or 'best'")
         for name in ("sample_every", "arm_steps", "pose_head_steps", "reward_shift"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
@@ -232,11 +238,17 @@ class _Training:
             refuse_sharded(config.out / "state")
             self.step = load_state(config.out / "state", model, self.optimizer, self.ema)
         self.held = [batch.to(self.device) for batch in batches.held()]
+        self.least = math.inf  # held-out loss of any save so far
         self.sizes = config_of(model, parts, self.autoencoder, base, arm)
 
     def run(self) -> Path:
         config, workers = self.config, self.workers
         run = Run(config.out, config, resume_step=self.step or None)
+        if self.step:
+            rows = read_rows(run.metrics_path)
+            self.least = min((row["held_out_loss"] for row in rows), default=math.inf)
+        elif config.keep == "best":
+            run.log(0, self.save())
         ceiling = matmul_ceiling(self.device, config.precision) if workers.rank == 0 else 1.0
         ahead = Ahead(lambda step: self.batches.at(step, workers.rank))
         clock, time, seen, flops = Clock(), StepTime(self.device), [], 0
@@ -314,7 +326,7 @@ class _Training:
 
     @torch.no_grad()
     def save(self) -> dict[str, float]:
-        """Write the averaged model; returns its errors on held-out episodes."""
+        """Write the averaged model if it is to be kept; its errors on held-out episodes."""
         config, workers = self.config, self.workers
         if workers.rank and not config.fsdp:
             return {"held_out_flow": 0.0, "held_out_flow_last": 0.0, "held_out_reward": 0.0}
@@ -325,14 +337,16 @@ class _Training:
             for held in self.held:
                 with autocast(self.device, config.precision):
                     checks.append(training_loss(self.model, held, pure, self.sizes, True))
+            counts = [len(held.latents) for held in self.held]
+            found = {
+                f"held_out_{k}": sum(float(c[k]) * n for c, n in zip(checks, counts)) / sum(counts)
+                for k in checks[0]
+            }
             world = self.world()
-            if world is not None:
+            if world is not None and (config.keep == "last" or found["held_out_loss"] < self.least):
                 world.save(config.out / "model")
-        counts = [len(held.latents) for held in self.held]
-        return {
-            f"held_out_{k}": sum(float(c[k]) * n for c, n in zip(checks, counts)) / sum(counts)
-            for k in checks[0]
-        }
+        self.least = min(self.least, found["held_out_loss"])
+        return found
 
     def keep_state(self) -> None:
         if self.shards is not None:

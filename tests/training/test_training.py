@@ -404,21 +404,23 @@ def test_what_is_trained_is_what_generates(
     assert float(losses["flow"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("kill", [("training_loss", 6), ("save_state", 2)])
 def test_a_killed_world_model_run_resumes_exactly(
-    dataset, autoencoder, tmp_path, monkeypatch, kill
+    dataset, autoencoder, tmp_path, monkeypatch, kill, keep
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    world_model.train(training_config(dataset, autoencoder, whole, steps=5))
+    options = {"steps": 5, "keep": keep}
+    world_model.train(training_config(dataset, autoencoder, whole, **options))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, world_model, *kill)
-        world_model.train(training_config(dataset, autoencoder, killed, steps=5))
+        world_model.train(training_config(dataset, autoencoder, killed, **options))
     assert load_training_state(killed / "state")[1]["step"] in (2, 4)
-    world_model.train(training_config(dataset, autoencoder, killed, steps=5))
+    world_model.train(training_config(dataset, autoencoder, killed, **options))
     assert_same_run(whole, killed)
     rows = rows_of(whole)
-    assert [row["step"] for row in rows] == [2, 4, 5]
-    assert {"loss", "flow", "flow_last", "reward", "held_out_flow", "lr"} <= rows[0].keys()
+    assert [row["step"] for row in rows] == [0, 2, 4, 5][keep == "last" :]
+    assert {"loss", "flow", "flow_last", "reward", "held_out_flow", "lr"} <= rows[-1].keys()
     assert all(np.isfinite(v) for row in rows for v in row.values())
 
 
@@ -493,6 +495,25 @@ def test_fine_tuning_keeps_sizes_and_pose_statistics(dataset, autoencoder, tmp_p
         )
     assert str(slow) in str(caught.value) and str(dataset) in str(caught.value)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("lr, best", [(3.0, 1), (100.0, 0)])
+def test_fine_tuning_that_makes_it_worse_is_not_kept(dataset, autoencoder, tmp_path, lr, best):
+    start = world_model.train(training_config(dataset, autoencoder, tmp_path / "a", steps=2))
+    options = {"init": start, "width": None, "depth": None, "steps": 2, "save_every": 1}
+    options |= {"lr": lr, "lr_vectors": lr / 3, "arm_steps": 0, "pose_head_steps": 0}
+    kept = {}
+    for keep in ("last", "best"):
+        out = tmp_path / keep
+        folder = world_model.train(training_config(dataset, autoencoder, out, keep=keep, **options))
+        kept[keep] = WorldModel.from_pretrained(folder)
+    losses = [row["held_out_loss"] for row in rows_of(tmp_path / "best")]
+    assert len(losses) == 3 and np.argmin(losses) == best
+    assert kept["best"].config.trained_steps == 2 + best
+    assert kept["last"].config.trained_steps == 4
+    first = WorldModel.from_pretrained(start).state_dict()
+    unmoved = all(torch.equal(first[k], v) for k, v in kept["best"].state_dict().items())
+    assert unmoved == (best == 0)
 
 
 def test_bf16_trains_and_samples(dataset, autoencoder, tmp_path):
