@@ -59,9 +59,11 @@ def _learning(improve: Record, world: Record | None) -> str:
     out += f"<p>{improve.facts['imagined_frames']:,} imagined frames"
     if world is not None and world.facts["curve"]:
         first, last = world.facts["curve"][0], world.facts["curve"][-1]
+        kept = world.facts.get("kept_step", last[0])  # older records kept the last
         out += (f"; the world model's held-out flow error went from {first[1]:.4f} to "
                 f"{last[1]:.4f} over {last[0]} steps of fine-tuning, its reward error from "
-                f"{first[2]:.4f} to {last[2]:.4f}")  # fmt: skip
+                f"{first[2]:.4f} to {last[2]:.4f}; the weights of step {kept} "
+                "were kept")  # fmt: skip
     return out + ".</p>"
 
 
