@@ -407,7 +407,7 @@ world_model.train(world_model.WorldModelTraining(
     data=(Path(data),), autoencoder=Path(autoencoder), out=Path(out), width=48, depth=2,
     steps=int(steps), batch=2, save_every=2, held_out=1, sample_every=3, precision="fp32",
     device="cpu", arm_steps=2, pose_head_steps=2, fsdp=fsdp == "fsdp",
-    checkpoint_blocks=again == "again"))
+    checkpoint_blocks=again == "again", compile=fsdp == "fsdp"))
 """
 
 
@@ -418,8 +418,10 @@ def launch(script: Path, processes: int, *words: object) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_sharded_training_is_plain_training_and_resumes(push, autoencoder, tmp_path):
-    """Two gloo processes: the same weights as data-parallel ones; resumed by two and by one."""
+    """Two gloo processes, blocks compiled and recomputed: the same weights as data-parallel plain
+    ones; resumed by two and by one."""
     script = tmp_path / "two.py"
     script.write_text(TWO)
     folders = {}
