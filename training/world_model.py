@@ -244,10 +244,10 @@ class _Training:
     def run(self) -> Path:
         config, workers = self.config, self.workers
         run = Run(config.out, config, resume_step=self.step or None)
-        if self.step:
+        if self.step and workers.rank == 0:  # who writes the model
             rows = read_rows(run.metrics_path)
             self.least = min((row["held_out_loss"] for row in rows), default=math.inf)
-        elif config.keep == "best":
+        elif not self.step and config.keep == "best":
             run.log(0, self.save())
         ceiling = matmul_ceiling(self.device, config.precision) if workers.rank == 0 else 1.0
         ahead = Ahead(lambda step: self.batches.at(step, workers.rank))

@@ -55,7 +55,7 @@ def _pass(compiled: Callable[..., Any], block: Block, *inputs: Any) -> Any:
         return compiled(block, *inputs)
     except torch._inductor.exc.InvalidCxxCompiler as error:
         raise UserError(
-            "compiled blocks need a C++ compiler on a CPU; install g++ or leave --compile out"
+            "compiled blocks need a C++ compiler on a CPU; install g++ or pass --no-compile"
         ) from error
 
 
