@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -255,7 +256,7 @@ def test_grpo_samples_from_vllm_with_the_learner_s_weights(tmp_path):
     from worldloop.engine.world_model import WorldModel
     from worldloop.rl.grpo import GRPO
     from worldloop.rl.grpo_config import GRPOConfig
-    from worldloop.rl.learner import LearnerConfig
+    from worldloop.rl.learner import Experience, Learner, LearnerConfig, gap_metrics
     from worldloop.rl.starts import load_starts
 
     world = WorldModel.from_pretrained("tiny")
@@ -268,13 +269,20 @@ def test_grpo_samples_from_vllm_with_the_learner_s_weights(tmp_path):
         out=tmp_path, policy=str(folder), groups=2, group_size=2, horizon=24, world_steps=1,
         accuracy_low=0.0, accuracy_high=1.0, evaluate_every=0, learner=LearnerConfig(mini_batch=4),
     )  # fmt: skip
+    old = deepcopy(learner)
     with VLLMPolicy(folder) as actor:
         grpo = GRPO(config, world, learner, load_starts(None, world, limit=2), actor)
-        first = grpo.step(0, tmp_path / "0")
+        assert grpo.step(0, tmp_path / "0")["gap_max"] < 1e-3
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # as if much had been learned
             for p in network.parameters():
-                p.add_(0.2 * p.std() * torch.randn(p.shape)) if p.dim() > 1 else None
+                if p.dim() > 1:
+                    p.add_(0.2 * p.std() * torch.randn(p.shape, generator=generator))
         grpo.send_weights()
-        second = grpo.step(1, tmp_path / "1")
-    assert first["gap_max"] < 1e-3 and second["gap_max"] < 1e-3
-    assert second["entropy"] != pytest.approx(first["entropy"], abs=1e-3)
+        (rollout,) = grpo.collect(1, tmp_path / "1").rollouts
+    sampled = Experience.of(rollout, np.zeros(len(rollout.success), np.float32))
+    gaps = [
+        gap_metrics(sampled.logprobs, Learner(p, config.learner).logprobs(sampled), sampled.valid)
+        for p in (learner, old)
+    ]
+    assert gaps[0]["gap_max"] < 1e-3 and gaps[1]["gap_mean"] > 0.1
