@@ -64,7 +64,7 @@ STAGES = (
     Stage("label", label, ("episodes",)),
     Stage("extend", extend, ("data", "fooled", "all episodes")),
     Stage("fine-tune", fine_tune, ("pretrained world", "sans", "episodes")),
-    Stage("improve", improve, ("start policy", "world", "sans", "judges")),
+    Stage("improve", improve, ("start policy", "world", "starts", "judges")),
     Stage("evaluate", evaluate, ("policy",)),
     Stage("decide", decide, ("best evaluation", "evaluation")),
 )
@@ -242,7 +242,10 @@ class Loop:
             return self.earlier_worlds(r) if config.recorded else []
         if name == "best evaluation":
             return [made(best, "evaluate", "evaluation")]
+        if name == "starts" and not config.starts:
+            name = "sans"
         stage, output = {
+            "starts": ("collect", "starts"),
             "episodes": ("collect", "episodes"), "sans": ("extend", "sans"),
             "world": ("fine-tune", "world"), "policy": ("improve", "policy"),
             "evaluation": ("evaluate", "evaluation"),

@@ -64,6 +64,9 @@ class RoundConfig:
     """Collected a round."""
     first_seed: int = 500_000
     """Simulator seed of the first of them; later rounds go on from there."""
+    starts: int = 0
+    """Fresh start states of a simulator a round, looked at but not played, that RL begins from in
+    place of those of SANS."""
     temperature: float = 0.7
     """Of the policy that collects."""
     evaluations: int = 200
@@ -84,17 +87,26 @@ class RoundConfig:
 
     def __post_init__(self) -> None:
         positive(self, "episodes", "evaluations", "processes")
+        if self.starts < 0:
+            raise UserError(f"starts is {self.starts}; must be at least 0")
+        if self.starts and (self.recorded or not self.true.simulated):
+            raise UserError("starts: fresh start states need a task of a simulator; leave them 0")
         if self.limit_s <= 0:
             raise UserError(f"limit_s is {self.limit_s}; expected more than 0 seconds")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; expected 0 or more")
-        collected = range(self.first_seed, self.first_seed + 100 * self.episodes)
+        collected = range(self.first_seed, self.first_start + 100 * self.starts)
         evaluated = range(self.evaluation_seed, self.evaluation_seed + self.evaluations)
         if max(collected.start, evaluated.start) < min(collected.stop, evaluated.stop):
             raise UserError(
                 "first_seed: collection would come to the seeds of the evaluation; choose them "
                 "farther apart"
             )
+
+    @property
+    def first_start(self) -> int:
+        """Simulator seed of the first fresh start state: behind those of 100 rounds of episodes."""
+        return self.first_seed + 100 * self.episodes
 
     @property
     def sha256(self) -> str:

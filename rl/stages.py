@@ -8,6 +8,7 @@ episodes, batch of results, checkpoint or RL step.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from worldloop.rl.collect import count_episodes
 from worldloop.rl.held_out import imagine, load_held_out
 from worldloop.rl.jobs import run_job
 from worldloop.rl.round_config import RoundConfig
-from worldloop.rl.true_env import Evaluating, measure, record_policy
+from worldloop.rl.true_env import Evaluating, Recorded, measure, record_policy, record_start
 from worldloop.track import Progress, read_rows
 
 SHARD = 8  # episodes or results between two writes
@@ -75,15 +76,35 @@ def collect(config: RoundConfig, at: Path, r: int, actor: Path) -> Made:
     out = at / "collect/episodes"
     if config.recorded:
         return _handed_in(out, r)
-    seeds = [config.first_seed + (r - 1) * config.episodes + i for i in range(config.episodes)]
-    dropped = Tally(at / "collect/dropped.json")
-    there = set(EpisodeDataset(out).seeds) if count_episodes(out) else set()
-    left = [seed for seed in seeds if seed not in there and str(seed) not in dropped.rows]
+    seeds = _seeds(config.first_seed, config.episodes, r)
     record = {"policy": path_sha256(actor)[:16], "temperature": config.temperature}
     act = partial(record_policy, config.true, str(actor), config.temperature, record)
+    outputs, dropped = {"episodes": out}, _record(config, out, seeds, act)
+    if config.starts:
+        outputs["starts"] = at / "collect/starts"
+        seeds = _seeds(config.first_start, config.starts, r)
+        dropped += _record(config, outputs["starts"], seeds, partial(record_start, config.true))
+    return Made(outputs, {
+        "episodes": len(EpisodeDataset(out)), "dropped": dropped,
+        "true_frames": sum(EpisodeDataset(path).info["total_frames"] for path in outputs.values()),
+    })  # fmt: skip
+
+
+def _seeds(first: int, count: int, r: int) -> list[int]:
+    """Those of round ``r``, where every round takes ``count``."""
+    return list(range(first + (r - 1) * count, first + r * count))
+
+
+def _record(
+    config: RoundConfig, out: Path, seeds: list[int], act: Callable[[int], Recorded]
+) -> int:
+    """Episodes of these seeds, those that are not there yet; how many were dropped."""
+    dropped = Tally(out.with_name(f"dropped-{out.name}.json"))
+    there = set(EpisodeDataset(out).seeds) if count_episodes(out) else set()
+    left = [seed for seed in seeds if seed not in there and str(seed) not in dropped.rows]
     shard: list[Any] = []
     with (
-        Progress(len(seeds), "collect", unit="ep", initial=len(seeds) - len(left)) as progress,
+        Progress(len(seeds), out.name, unit="ep", initial=len(seeds) - len(left)) as progress,
         Children(act, config.processes, config.limit_s) as children,
     ):
         for i, answer in enumerate(children.map(left)):
@@ -98,10 +119,7 @@ def collect(config: RoundConfig, at: Path, r: int, actor: Path) -> Made:
             progress.update()
     if not count_episodes(out):
         raise UserError(f"{out}: every episode was dropped; see {dropped.path}")
-    return Made({"episodes": out}, {
-        "episodes": len(EpisodeDataset(out)), "dropped": len(dropped.rows),
-        "true_frames": EpisodeDataset(out).info["total_frames"],
-    })  # fmt: skip
+    return len(dropped.rows)
 
 
 def _handed_in(out: Path, r: int) -> Made:
@@ -198,11 +216,12 @@ def calibrate(config: RoundConfig, model: Path, episodes: Path) -> dict[str, Any
 
 
 def improve(
-    config: RoundConfig, at: Path, r: int, start: Path, world: Path, sans: Path, *judges: Path
+    config: RoundConfig, at: Path, r: int, start: Path, world: Path, starts: Path, *judges: Path
 ) -> Made:
     """GRPO inside the world model, watched by the alarm; no simulator step inside RL.
 
-    judges: world models that the alarm asks where there is no simulator.
+    starts: the dataset whose first frames episodes begin from. judges: world models that the alarm
+    asks where there is no simulator.
     """
     out = at / "improve"
     alarm = replace(
@@ -211,7 +230,7 @@ def improve(
     if judges and not alarm.judges:
         alarm = replace(alarm, judges=tuple(map(str, judges)))
     grpo = replace(
-        config.grpo, out=out, policy=str(start), world=str(world), starts=sans,
+        config.grpo, out=out, policy=str(start), world=str(world), starts=starts,
         seed=1000 * config.seed + r, alarm=alarm,
     )  # fmt: skip
     settings = at / "jobs/grpo.json"

@@ -5,7 +5,7 @@ The functions at the end are what child processes serve (`worldloop.rl.children`
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -195,9 +195,12 @@ def _policy(name: str, temperature: float, device: str) -> VLAPolicy:
     return VLAPolicy.from_pretrained(name, temperature=temperature, device=device)
 
 
+Recorded = tuple[Episode, DatasetMeta]
+
+
 def record_policy(
     true: TrueEnv, policy: str, temperature: float, record: dict[str, Any], seed: int
-) -> tuple[Episode, DatasetMeta]:
+) -> Recorded:
     """One episode of a policy."""
     here = recorder(true)
     acting = _policy(policy, temperature, true.device)
@@ -208,6 +211,14 @@ def record_policy(
             f"{acting.action_spec.chunk}"
         )
     return here.play(acting, seed, None, record), here.meta
+
+
+def record_start(true: TrueEnv, seed: int) -> Recorded:
+    """A start state that nobody acts from: an episode of one action, which stands still."""
+    here = recorder(replace(true, horizon=1))
+    spec = replace(here.meta.action_spec, chunk=1)
+    still = ReplayPolicy(np.zeros((1, 1, spec.dim), np.float32), spec)
+    return here.play(still, seed, None, {}), here.meta
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ class Replay:
     record: dict[str, Any]
 
 
-def record_replay(true: TrueEnv, replay: Replay) -> tuple[Episode, DatasetMeta]:
+def record_replay(true: TrueEnv, replay: Replay) -> Recorded:
     """One episode of given actions from a given start."""
     here = recorder(true)
     here.meta.action_spec.require_same(replay.spec, true.env, "the imagined actions")

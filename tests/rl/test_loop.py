@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # child processes look for loop_
 from loop_home import HORIZON, make_home, triple, write_pool
 
 import worldloop
+from worldloop.checkpoint import resolve_pretrained
 from worldloop.engine.world_model import WorldModel, WorldModelConfig
 from worldloop.episodes import EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
@@ -40,6 +41,7 @@ from worldloop.rl.loop import STAGES, Loop, main
 from worldloop.rl.loop_results import main as report
 from worldloop.rl.round_config import PRESETS, RoundConfig
 from worldloop.rl.stages import Waiting, calibrate, collect, decide
+from worldloop.rl.starts import load_starts
 from worldloop.rl.true_env import TrueEnv
 
 
@@ -87,6 +89,33 @@ def test_a_round_goes_through_every_stage(finished):
     assert ledger.find(1, "improve").outputs["policy"].sha256 != before
     world = json.loads((home / "loop/round-01/fine-tune/model/config.json").read_text())
     assert world["config"]["trained_steps"] == 6
+
+
+@pytest.mark.sim
+def test_rl_begins_from_fresh_starts_where_they_are_asked_for(finished, tmp_path):
+    home, _ = finished
+    true = TrueEnv("PushCube-v1", horizon=24)
+    config = RoundConfig(true=true, episodes=1, starts=9)
+    policy = Path(resolve_pretrained("policy/pushcube"))
+    made = collect(config, tmp_path, 2, policy)
+    starts = EpisodeDataset(made.outputs["starts"])
+    first = config.first_seed + 100 + 9  # behind the episodes of 100 rounds and round 1's starts
+    assert starts.seeds == list(range(first, first + 9))
+    assert made.facts["true_frames"] == 25 + 9 * 2
+    for i in (0, 8):
+        episode = starts.read(i)
+        assert not episode.actions.any() and not episode.success
+        np.testing.assert_allclose(episode.states[1, :6], episode.states[0, :6], atol=2e-3)
+        np.testing.assert_allclose(episode.objects[1], episode.objects[0], atol=1e-3)
+    assert collect(config, tmp_path, 2, policy) == made, "nothing is recorded twice"
+    world = WorldModel.from_pretrained("tiny")
+    assert load_starts(starts.root, world).frames.shape == (9, 1, 1, 128, 128, 3)
+
+    loop = Loop(home / "loop")
+    assert loop.inputs("starts", 1) == loop.inputs("sans", 1)
+    loop.config = dataclasses.replace(loop.config, starts=9, true=true)
+    with pytest.raises(UserError, match="starts"):  # this loop has recorded none
+        loop.inputs("starts", 1)
 
 
 def test_episodes_that_fooled_it_join_the_next_round(finished):
@@ -334,7 +363,9 @@ def test_bad_settings_are_named():
         ("seeds of the evaluation", {"first_seed": 2_999_999}),
         ("seeds of the evaluation", {"first_seed": 3_000_000}),
         ("seeds of the evaluation", {"first_seed": 3_000_050}),
-        ("temperature is -1", {"temperature": -1.0}),
+        ("temperature is -1", {"temperature": -1.0}), ("starts is -1", {"starts": -1}),
+        ("starts: fresh start states need", {"starts": 8, "recorded": True}),
+        ("seeds of the evaluation", {"first_seed": 2_900_000, "starts": 2000}),
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             RoundConfig(**changes)
@@ -433,7 +464,7 @@ def test_a_dropped_episode_is_counted_and_not_tried_for_ever(tmp_path, finished)
     made = collect(here, at, 1, Path(config.policy))
     assert made.facts["episodes"] == 4 and made.facts["dropped"] == 1
     assert EpisodeDataset(made.outputs["episodes"]).seeds == [10, 11, 12, 14]
-    told = json.loads((at / "collect/dropped.json").read_text())
+    told = json.loads((at / "collect/dropped-episodes.json").read_text())
     assert told == {"13": "RuntimeError: the arm is stuck"}
     assert collect(here, at, 1, Path(config.policy)).facts == made.facts
 
