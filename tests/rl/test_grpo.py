@@ -14,7 +14,9 @@ import torch
 from worldloop.engine.policy.served import HTTPPolicy, LocalPolicy, PolicyServerError
 from worldloop.engine.policy.server import ServePolicyConfig, Server
 from worldloop.engine.policy.vla import VLAPolicy
+from worldloop.engine.precision import autocast
 from worldloop.engine.rollout import RolloutEngine
+from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 from worldloop.files import exclusive
 from worldloop.rl import demo
@@ -26,6 +28,7 @@ from worldloop.rl.grpo_config import GRPOConfig
 from worldloop.rl.learner import Experience, Learner, LearnerConfig
 from worldloop.rl.loss import trajectory_weights
 from worldloop.rl.report import grpo_line
+from worldloop.rl.starts import load_starts
 
 LEARN = LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=5)
 
@@ -80,6 +83,25 @@ def test_gradients_do_not_depend_on_the_micro_batch(small_world, small_policy, p
         grads.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_of_this_machine_s_precision_is_that_of_fp32():
+    """Of the shipped policy, `auto` against fp32."""
+    world = WorldModel.from_pretrained("tiny")
+    policy = VLAPolicy.from_pretrained("policy/pushcube", temperature=0.7)
+    engine = RolloutEngine(world, policy, steps=1)
+    rollout = engine.rollout(load_starts(None, world, limit=4), horizon=48, group_size=2, seed=1)
+    e = Experience.of(rollout, np.tile(np.array([1, -1], np.float32), 4))
+    gradients, logprobs = [], []
+    for precision in ("fp32", "auto"):
+        within = autocast(torch.device("cpu"), precision)
+        learner = Learner(policy, dataclasses.replace(LEARN, lr=0.0), within)
+        logprobs.append(learner.logprobs(e))
+        learner.update(e, seed=0)
+        learned = [p.grad.flatten() for p in learner.parameters if p.grad is not None]
+        gradients.append(torch.cat(learned).double())
+    assert np.abs(logprobs[1] - logprobs[0])[e.valid].mean() < 0.03  # nats
+    assert torch.cosine_similarity(*gradients, 0) > 0.998
 
 
 def test_what_is_seen_alike_is_one_forward_pass(small_world, small_policy, pool, monkeypatch):
