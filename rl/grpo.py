@@ -177,8 +177,6 @@ class GRPO:
         self.chooser.fade()
         rollout = Rollout.concatenate(found.rollouts)
         advantages = decision_advantages(rollout.success, rollout.group_id, self.widths)
-        if self.config.learned_chunks:
-            advantages[:, self.config.learned_chunks :] = 0
         size = self.config.group_size
         spreads = (
             decision_spreads(rollout.success, size, self.widths) if self.config.branching else {}

@@ -38,9 +38,6 @@ class GRPOConfig:
     branching: tuple[int, ...] = ()
     """Into how many an episode parts at its first chunk, its second and so on, with group_size as
     their product: 4 4 for 16. Without it all part at the first (`engine.rollout`)."""
-    learned_chunks: int = 0
-    """Decisions of an episode that are learned, from its first on; 0: all. Where the first decides
-    nearly everything, an advantage tells the later ones little but noise."""
     horizon: int = 72
     """Actions an episode; a multiple of the world model's chunk."""
     temperature: float = TEMPERATURE
@@ -88,8 +85,6 @@ class GRPOConfig:
             raise UserError(f"group_size is {self.group_size}; a group needs at least 2 episodes")
         if self.branching:
             rows_alike(self.branching, self.group_size, len(self.branching))
-        if self.learned_chunks < 0:
-            raise UserError(f"learned_chunks is {self.learned_chunks}; must be at least 0")
         if not 0 <= self.accuracy_low <= self.accuracy_high <= 1:
             raise UserError("accuracy_low and accuracy_high: expected 0 <= low <= high <= 1")
         if self.temperature <= 0:

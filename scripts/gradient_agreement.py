@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.sets < 3:
+        parser.error(f"--sets is {args.sets}; an error of the mean needs at least 3")
     torch.set_num_threads(1)
     world = WorldModel.from_pretrained(args.world)
     policy = VLAPolicy.from_pretrained(args.policy, temperature=args.temperature)
