@@ -68,6 +68,8 @@ class CollectConfig:
     """Roll this policy out instead of the scripted one (checkpoint folder or shipped name)."""
     temperature: float = TEMPERATURE
     """Of that policy's sampling."""
+    coherence: float = 0.0
+    """How alike it draws at neighbouring steps, 0 .. 1 (`worldloop grpo` has the same option)."""
     device: str = "cpu"
     """Of that policy."""
     shard: int = 16
@@ -92,6 +94,8 @@ class CollectConfig:
             raise ValueError(f"success_share is {self.success_share}; expected 0 .. 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        if not 0 <= self.coherence < 1:
+            raise ValueError(f"coherence is {self.coherence}; expected at least 0 and below 1")
         if not 1 <= self.shard <= 1000:
             raise ValueError(f"shard is {self.shard}; expected 1 .. 1000")
         if not 0 <= self.crf <= 51:
@@ -291,6 +295,7 @@ class Collector:
             self.policy = VLAPolicy.from_pretrained(
                 config.policy, temperature=config.temperature, device=config.device
             )
+            self.policy.coherence = config.coherence
             spec = self.policy.action_spec
             meta.action_spec.require_same(spec, config.env, config.policy)
             if config.horizon % spec.chunk:
@@ -303,7 +308,11 @@ class Collector:
     def episode(self, seed: int) -> Episode | None:
         """The episode of a seed, or None where its wanted outcome is not to be had."""
         if self.policy is not None:
-            record = {"policy": self.config.policy, "temperature": self.config.temperature}
+            record = {
+                "policy": self.config.policy,
+                "temperature": self.config.temperature,
+                "coherence": self.config.coherence,
+            }
             rolled = policy_episode(self.env, self.policy, seed, self.config.horizon, record)
             self.tries, self.kept = self.tries + 1, self.kept + 1
             self.successes += int(rolled.success)

@@ -67,8 +67,6 @@ class RoundConfig:
     starts: int = 0
     """Fresh start states of a simulator a round, looked at but not played, that RL begins from in
     place of those of SANS."""
-    temperature: float = 0.7
-    """Of the policy that collects."""
     evaluations: int = 200
     """Start states of every evaluation."""
     evaluation_seed: int = 3_000_000
@@ -79,7 +77,8 @@ class RoundConfig:
         TINY, out=Path("grpo"), groups=12, evaluate_every=0, keep_every=5,
         alarm=AlarmConfig(every=5, episodes=32),
     )  # fmt: skip
-    """Of GRPO; its out, policy, world, starts, seed and where its alarm looks are the loop's."""
+    """Of GRPO; its out, policy, world, starts, seed and where its alarm looks are the loop's. The
+    policy collects as it samples in RL (temperature, coherence)."""
     processes: int = 1
     """Simulators side by side."""
     limit_s: float = 300.0
@@ -93,8 +92,6 @@ class RoundConfig:
             raise UserError("starts: fresh start states need a task of a simulator; leave them 0")
         if self.limit_s <= 0:
             raise UserError(f"limit_s is {self.limit_s}; expected more than 0 seconds")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; expected 0 or more")
         collected = range(self.first_seed, self.first_start + 100 * self.starts)
         evaluated = range(self.evaluation_seed, self.evaluation_seed + self.evaluations)
         if max(collected.start, evaluated.start) < min(collected.stop, evaluated.stop):

@@ -77,8 +77,14 @@ def collect(config: RoundConfig, at: Path, r: int, actor: Path) -> Made:
     if config.recorded:
         return _handed_in(out, r)
     seeds = _seeds(config.first_seed, config.episodes, r)
-    record = {"policy": path_sha256(actor)[:16], "temperature": config.temperature}
-    act = partial(record_policy, config.true, str(actor), config.temperature, record)
+    # As it will sample in RL: a world model has to know those paths.
+    temperature, coherence = config.grpo.temperature, config.grpo.coherence
+    name = path_sha256(actor)[:16]
+    record = {"policy": name, "temperature": temperature, "coherence": coherence}
+    act = partial(
+        record_policy, config.true, str(actor),
+        temperature=temperature, coherence=coherence, record=record,
+    )  # fmt: skip
     outputs, dropped = {"episodes": out}, _record(config, out, seeds, act)
     if config.starts:
         outputs["starts"] = at / "collect/starts"

@@ -191,19 +191,27 @@ def recorder(true: TrueEnv) -> Recorder:
 
 
 @lru_cache(maxsize=1)
-def _policy(name: str, temperature: float, device: str) -> VLAPolicy:
-    return VLAPolicy.from_pretrained(name, temperature=temperature, device=device)
+def _policy(name: str, temperature: float, coherence: float, device: str) -> VLAPolicy:
+    policy = VLAPolicy.from_pretrained(name, temperature=temperature, device=device)
+    policy.coherence = coherence
+    return policy
 
 
 Recorded = tuple[Episode, DatasetMeta]
 
 
 def record_policy(
-    true: TrueEnv, policy: str, temperature: float, record: dict[str, Any], seed: int
+    true: TrueEnv,
+    policy: str,
+    seed: int,
+    *,
+    temperature: float,
+    coherence: float,
+    record: dict[str, Any],
 ) -> Recorded:
     """One episode of a policy."""
     here = recorder(true)
-    acting = _policy(policy, temperature, true.device)
+    acting = _policy(policy, temperature, coherence, true.device)
     here.meta.action_spec.require_same(acting.action_spec, true.env, policy)
     if true.horizon % acting.action_spec.chunk:
         raise UserError(
@@ -245,7 +253,7 @@ def measure(true: TrueEnv, config: Evaluating, number: int) -> Evaluation:
     if ":" not in true.env:
         return _run(true.evaluation(config), [number], 1, 1)
     start = config.first_seed + number
-    episode = recorder(true).play(_policy(config.policy, 0.0, true.device), start, None, {})
+    episode = recorder(true).play(_policy(config.policy, 0.0, 0.0, true.device), start, None, {})
     held = held_steps(episode.reward[: config.horizon], true.held_frames)
     steps = config.horizon if held is None else held
     played = len(episode.actions)  # to the environment's own horizon, whatever came of it

@@ -117,7 +117,7 @@ def make_home(home: Path, true_threshold: float = 0.9518) -> RoundConfig:
     grpo = GRPOConfig(
         out=Path("grpo"), steps=3, groups=2, group_size=4, horizon=HORIZON, world_steps=1,
         accuracy_low=0.0, accuracy_high=1.0, rounds=2, evaluate_every=0, keep_every=1,
-        temperature=1.6, learner=LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=8),
+        temperature=1.6, coherence=0.5, learner=LearnerConfig(lr=1e-3, mini_batch=8, micro_batch=8),
         alarm=AlarmConfig(every=2, episodes=6, limit=0.9, videos=2),
     )  # fmt: skip
     return RoundConfig(
@@ -126,7 +126,7 @@ def make_home(home: Path, true_threshold: float = 0.9518) -> RoundConfig:
             starts=home / "pool",
         ),
         policy=str(home / "policy"), world=str(home / "world"), data=(home / "pool",),
-        episodes=10, temperature=1.6, evaluations=12, grpo=grpo,
+        episodes=10, evaluations=12, grpo=grpo,
         fine_tune=FineTune(
             steps=6, batch=2, held_out=2, save_every=2, arm_steps=0, lr=1e-3, lr_vectors=1e-3
         ),

@@ -169,6 +169,10 @@ def test_a_policy_s_episodes_are_kept_as_they_end(flat: type[FlatWorld], tmp_pat
         assert episode.objects is not None and episode.objects[0, 0, 0] <= 0.04
         np.testing.assert_array_equal(episode.actions, other.actions)
         assert episode.success == bool(episode.reward[-2:].all())
+    alike = collect(config(tmp_path / "alike", **options, coherence=0.95))
+    for episode, other in zip(dataset.stream(frames=False), alike.stream(frames=False)):
+        jump, smooth = (np.abs(np.diff(e.actions[:24], axis=0)).mean() for e in (episode, other))
+        assert smooth < 0.5 * jump and other.info["coherence"] == 0.95
     other_chunk = VLAPolicy(
         OpenVLAOFT(tiny_config(7, 16)), PolicyConfig(ActionSpec(chunk=16), "test"), statistics
     ).save(tmp_path / "other")

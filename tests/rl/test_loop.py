@@ -263,6 +263,8 @@ def test_an_interrupted_collection_goes_on_and_ends_alike(copied):
     (whole / "meta/info.json").write_text(json.dumps(first, indent=2) + "\n")
     made = collect(config, at, 1, Path(config.policy))
     assert made.facts["episodes"] == 10
+    for episode in EpisodeDataset(whole).stream(frames=False):  # drawn as in RL
+        assert (episode.info["temperature"], episode.info["coherence"]) == (1.6, 0.5)
     ledger = Ledger(folder)
     ledger.output(1, "collect", "episodes")  # raises unless it is what the record says
     assert digests(folder) == wanted
@@ -363,7 +365,7 @@ def test_bad_settings_are_named():
         ("seeds of the evaluation", {"first_seed": 2_999_999}),
         ("seeds of the evaluation", {"first_seed": 3_000_000}),
         ("seeds of the evaluation", {"first_seed": 3_000_050}),
-        ("temperature is -1", {"temperature": -1.0}), ("starts is -1", {"starts": -1}),
+        ("starts is -1", {"starts": -1}),
         ("starts: fresh start states need", {"starts": 8, "recorded": True}),
         ("seeds of the evaluation", {"first_seed": 2_900_000, "starts": 2000}),
     ):  # fmt: skip
