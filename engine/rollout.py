@@ -35,7 +35,7 @@ from worldloop.engine.world_state import WorldState
 from worldloop.errors import UserError
 from worldloop.files import PathLike
 from worldloop.track import Progress
-from worldloop.types import Actions, Chunk, Frames, Rollout, Starts
+from worldloop.types import Chunk, Frames, Rollout, Starts
 
 __all__ = ["ReplayPolicy", "RolloutEngine"]
 
@@ -43,15 +43,11 @@ __all__ = ["ReplayPolicy", "RolloutEngine"]
 class RolloutEngine:
     """Imagines episodes: ``RolloutEngine(world, policy).rollout(starts, horizon=72)``.
 
-    steps: denoising steps of the world model (1, 2, 4 or "reference"). lowest: an episode in which
-    the hand is told lower than this (metres, in the robot's base frame) is no success, whatever the
-    reward head says of it: told to be inside the table it is somewhere else. Raises UserError when
-    the policy's actions mean something else than the world model's.
+    steps: denoising steps of the world model (1, 2, 4 or "reference"). Raises UserError when the
+    policy's actions mean something else than the world model's.
     """
 
-    def __init__(
-        self, world: WorldModel, policy: Policy, *, steps: Steps = 4, lowest: float | None = None
-    ) -> None:
+    def __init__(self, world: WorldModel, policy: Policy, *, steps: Steps = 4) -> None:
         world.action_spec.require_same(policy.action_spec, "the world model", "the policy")
         if world.action_spec.chunk != policy.action_spec.chunk:
             raise UserError(
@@ -61,7 +57,7 @@ class RolloutEngine:
         if steps != "reference" and steps not in STREAMING_TIMES:
             known = ", ".join(map(str, STREAMING_TIMES))
             raise UserError(f"steps is {steps!r}; expected {known} or 'reference'")
-        self.world, self.policy, self.steps, self.lowest = world, policy, steps, lowest
+        self.world, self.policy, self.steps = world, policy, steps
 
     @classmethod
     def from_pretrained(
@@ -166,18 +162,6 @@ def rows_alike(branching: Sequence[int], group_size: int, chunks: int) -> list[i
     parted = itertools.accumulate(branching, operator.mul)
     widths = [group_size // so_far for so_far in parted]
     return widths + [1] * (chunks - len(widths))
-
-
-def told_poses(
-    world: WorldModel, start_BA: npt.NDArray[np.float32], actions_BTA: Actions
-) -> npt.NDArray[np.float32]:
-    """Poses [B,T,A] after each action, by the commands alone (a pose head's mending left out)."""
-    pose, told, chunk = start_BA, [], world.action_spec.chunk
-    for begin in range(0, actions_BTA.shape[1], chunk):
-        past = actions_BTA[:, max(0, begin - world.lag) : begin]
-        told.append(world.poses(actions_BTA[:, begin : begin + chunk], pose, past))
-        pose = told[-1][:, -1]
-    return np.concatenate(told, 1)
 
 
 Answer = Callable[[], PolicyAction]
@@ -355,22 +339,16 @@ class _Run:
             self.frames[rows, first : first + each] = alike(out.frames[:, -each:])
 
     def rollout(self, timings: dict[str, float]) -> Rollout:
-        start_pose = np.repeat(self.starts.poses, self.group_size, 0)
-        success = self.success
-        if self.engine.lowest is not None:
-            told = told_poses(self.engine.world, start_pose, self.actions)
-            low = (told[..., 2] < self.engine.lowest) & self.valid
-            success = success & ~low.any(1)
         return Rollout(
             frames=self.frames,
             actions=self.actions,
             reward=self.reward,
-            success=success,
+            success=self.success,
             valid=self.valid,
             seeds=np.array(self.seeds, np.int64),
             group_id=np.repeat(np.arange(len(self.starts.instructions)), self.group_size),
             instructions=self.instructions,
-            start_pose=start_pose,
+            start_pose=np.repeat(self.starts.poses, self.group_size, 0),
             action_tokens=self.tokens,
             logprobs=self.logprobs,
             timings=timings,

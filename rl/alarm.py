@@ -116,10 +116,9 @@ class Alarm:
         self, config: AlarmConfig, world: WorldModel, policy: Policy, folder: Path,
         *, starts: Starts, dataset: Path | None, horizon: int, world_steps: int, seed: int,
         precision: AbstractContextManager[Any], max_batch: int | None = None,
-        lowest: float | None = None,
     ) -> None:  # fmt: skip
         self.config, self.world, self.folder = config, world, folder
-        self.engine = RolloutEngine(world, policy, steps=world_steps, lowest=lowest)
+        self.engine = RolloutEngine(world, policy, steps=world_steps)
         self.horizon, self.seed, self.precision = horizon, seed, precision
         self.max_batch = max_batch
         self.starts = starts

@@ -77,9 +77,7 @@ class GRPO:
         self.config = config
         self.actor = actor or policy
         self.actor.coherence = config.coherence
-        self.engine = RolloutEngine(
-            world, self.actor, steps=config.world_steps, lowest=config.lowest
-        )
+        self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
         self.precision = autocast(device_of(config.device), config.precision)
         self.learner = Learner(policy, config.learner, self.precision)
         count = len(starts.instructions)
@@ -338,7 +336,6 @@ def make_alarm(config: GRPOConfig, grpo: GRPO) -> Alarm | None:
         config.alarm, grpo.engine.world, grpo.actor, config.out / "alarm", starts=grpo.starts,
         dataset=config.starts, horizon=config.horizon, world_steps=config.world_steps,
         seed=config.seed, precision=grpo.precision, max_batch=config.max_batch,
-        lowest=config.lowest,
     )  # fmt: skip
 
 
@@ -355,8 +352,8 @@ def make_actor(config: GRPOConfig, dtype: torch.dtype) -> TokenPolicy | None:
 
 
 IMAGINED_BY = ("groups", "group_size", "branching", "horizon", "temperature", "coherence",
-               "world_steps", "lowest", "share_noise", "likely_mixed", "accuracy_low",
-               "accuracy_high", "seed", "precision", "alarm")  # fmt: skip
+               "world_steps", "share_noise", "likely_mixed", "accuracy_low", "accuracy_high",
+               "seed", "precision", "alarm")  # fmt: skip
 
 
 def _forget_others(config: GRPOConfig, grpo: GRPO, step: int) -> None:

@@ -45,8 +45,6 @@ class GRPOConfig:
     """Correlation of an action dimension's draws from step to step (`vla.uniform_draws`)."""
     world_steps: int = 4
     """Denoising steps of the world model."""
-    lowest: float | None = None
-    """An imagined episode in which the hand is told lower than this (metres) is no success."""
     share_noise: bool = False
     """Whether a group's members share the world's noise (then only their actions differ)."""
     accuracy_low: float = 0.1

@@ -95,21 +95,6 @@ def test_policy_frames_are_those_of_all(small, kind):
     np.testing.assert_array_equal(none.reward, everything.reward)
 
 
-def test_no_success_with_the_hand_told_below_the_lowest(small):
-    """Whatever the reward head says; but what comes after a success is not looked at."""
-    world = small.world_of(reward_threshold=0.0, held_frames=9)  # a success at the ninth action
-    actions, starts = np.zeros((4, T, 7), np.float32), starts_of(small, 4)
-    starts.poses[:, 2] = 0.05
-    actions[1, 6, 2] = -1  # down, before the success; its effect is spread over three actions
-    actions[2, 12, 2] = -1  # after it, in the same chunk
-    actions[3, 2, 2], actions[3, 3, 2] = -1, 1  # down and up again
-    policy = ReplayPolicy(actions, small.SPEC)
-    options = {"horizon": T, "stop_on_success": True}
-    assert RolloutEngine(world, policy).rollout(starts, **options).success.all()
-    engine = RolloutEngine(world, policy, lowest=0.042)
-    assert engine.rollout(starts, **options).success.tolist() == [True, False, True, False]
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, "reference"])
 def test_every_sampler_runs(small, steps):
     engine = RolloutEngine(small.world_of(), replay(small, 1), steps=steps)
