@@ -293,9 +293,9 @@ class Collector:
         self.policy: VLAPolicy | None = None
         if config.policy is not None:
             self.policy = VLAPolicy.from_pretrained(
-                config.policy, temperature=config.temperature, device=config.device
-            )
-            self.policy.coherence = config.coherence
+                config.policy, temperature=config.temperature, coherence=config.coherence,
+                device=config.device,
+            )  # fmt: skip
             spec = self.policy.action_spec
             meta.action_spec.require_same(spec, config.env, config.policy)
             if config.horizon % spec.chunk:

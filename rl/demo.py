@@ -177,7 +177,9 @@ def improve(
         TINY, out=folder, policy=config.policy, groups=4, steps=config.grpo_steps,
         evaluate_every=0, seed=config.seed, learner=replace(TINY.learner, warmup=0, cooldown=0.0),
     )  # fmt: skip
-    policy = VLAPolicy.from_pretrained(config.policy, temperature=settings.temperature)
+    policy = VLAPolicy.from_pretrained(
+        config.policy, temperature=settings.temperature, coherence=settings.coherence
+    )
     grpo = GRPO(settings, world, policy, held_out.starts)
     before = grpo.imagine(held_out.starts, 1, config.seed).success
     rows = []

@@ -76,7 +76,6 @@ class GRPO:
     ) -> None:
         self.config = config
         self.actor = actor or policy
-        self.actor.coherence = config.coherence
         self.engine = RolloutEngine(world, self.actor, steps=config.world_steps)
         self.precision = autocast(device_of(config.device), config.precision)
         self.learner = Learner(policy, config.learner, self.precision)
@@ -270,7 +269,9 @@ def _train(config: GRPOConfig) -> Path:
     world = WorldModel.from_pretrained(config.world, device=device, dtype=dtype)
     if config.backend != "eager":
         world = wrap_world(world, config.backend, attention="auto")
-    policy = VLAPolicy.from_pretrained(config.policy, temperature=config.temperature, device=device)
+    policy = VLAPolicy.from_pretrained(
+        config.policy, temperature=config.temperature, coherence=config.coherence, device=device
+    )
     actor = make_actor(config, dtype)
     grpo = GRPO(config, world, policy, load_starts(config.starts, world), actor)
     step = _resume(config, grpo)
@@ -345,10 +346,10 @@ def make_actor(config: GRPOConfig, dtype: torch.dtype) -> TokenPolicy | None:
         return None
     if config.actor == "vllm":
         return VLLMPolicy(
-            config.policy, temperature=config.temperature, dtype=dtype,
-            gpu_memory_utilization=config.actor_memory,
+            config.policy, temperature=config.temperature, coherence=config.coherence,
+            dtype=dtype, gpu_memory_utilization=config.actor_memory,
         )  # fmt: skip
-    return HTTPPolicy(config.actor, temperature=config.temperature)
+    return HTTPPolicy(config.actor, temperature=config.temperature, coherence=config.coherence)
 
 
 IMAGINED_BY = ("groups", "group_size", "branching", "horizon", "temperature", "coherence",

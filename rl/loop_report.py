@@ -6,6 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from worldloop.config import read_json
 from worldloop.files import atomic_write_text
@@ -42,7 +43,7 @@ def _rounds(ledger: Ledger, r: int) -> str:
     return f"<h2>True success</h2>{drawn}<table>{head}{rows}</table>"
 
 
-def _learning(improve: Record, world: Record | None) -> str:
+def _learning(improve: Record, world: Record | None, found: dict[str, Any]) -> str:
     curve = [(float(step), share) for step, share in improve.facts["curve"]]
     checks = improve.facts["alarm"]
     truth = []
@@ -64,7 +65,17 @@ def _learning(improve: Record, world: Record | None) -> str:
                 f"{last[1]:.4f} over {last[0]} steps of fine-tuning, its reward error from "
                 f"{first[2]:.4f} to {last[2]:.4f}; the weights of step {kept} "
                 "were kept")  # fmt: skip
-    return out + ".</p>"
+    return f"{out}.</p>{_flattery(improve, found)}"
+
+
+def _flattery(improve: Record, found: dict[str, Any]) -> str:
+    """What the greedy policy gained in imagination, beside what it gained in truth."""
+    if "imagined_greedy" not in improve.facts:  # older records
+        return ""
+    before, after = (improve.facts["imagined_greedy"][name] for name in ("before", "after"))
+    return (f"<p>Greedy, from {after['episodes']} starts in this world model, the policy succeeds "
+            f"in {cell(after)}, the one that the round began with in {cell(before)}; in truth the "
+            f"new one has {cell(found)}.</p>")  # fmt: skip
 
 
 def _alarm(improve: Record, folder: Path) -> str:
@@ -158,7 +169,8 @@ def write_report(ledger: Ledger, r: int) -> Path:
         f"<title>Round {r}</title><style>{STYLE}</style></head><body><h1>Round {r}: {said}</h1>"
         f"<p>{cell(evaluation)} true success over {evaluation['episodes']} unseen start states; "
         f"the best before: {decision['best_before']:.1%}.</p>"
-        f"{_rounds(ledger, r)}{_learning(by_stage['improve'], by_stage.get('fine-tune'))}"
+        f"{_rounds(ledger, r)}"
+        f"{_learning(by_stage['improve'], by_stage.get('fine-tune'), evaluation)}"
         f"{_alarm(by_stage['improve'], ledger.round_folder(r) / 'improve/alarm')}"
         f"{_stages(records)}</body></html>\n"
     )

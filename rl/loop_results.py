@@ -75,6 +75,8 @@ def success_by_round(loop: Loop, rounds: int) -> dict[str, Any]:
             found[name]["steps"] = improve.facts["steps"]
             found[name]["stopped_by_alarm"] = improve.facts["stopped_by_alarm"]
             found[name]["alarm"] = improve.facts["alarm"]
+            if "imagined_greedy" in improve.facts:  # older ledgers have none
+                found[name]["imagined_greedy"] = improve.facts["imagined_greedy"]
     return found
 
 

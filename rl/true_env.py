@@ -192,9 +192,9 @@ def recorder(true: TrueEnv) -> Recorder:
 
 @lru_cache(maxsize=1)
 def _policy(name: str, temperature: float, coherence: float, device: str) -> VLAPolicy:
-    policy = VLAPolicy.from_pretrained(name, temperature=temperature, device=device)
-    policy.coherence = coherence
-    return policy
+    return VLAPolicy.from_pretrained(
+        name, temperature=temperature, coherence=coherence, device=device
+    )
 
 
 Recorded = tuple[Episode, DatasetMeta]

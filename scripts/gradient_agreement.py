@@ -94,8 +94,9 @@ def main() -> None:
         parser.error(f"--sets is {args.sets}; an error of the mean needs at least 3")
     torch.set_num_threads(1)
     world = WorldModel.from_pretrained(args.world)
-    policy = VLAPolicy.from_pretrained(args.policy, temperature=args.temperature)
-    policy.coherence = args.coherence
+    policy = VLAPolicy.from_pretrained(
+        args.policy, temperature=args.temperature, coherence=args.coherence
+    )
     starts = load_starts(args.starts, world, args.sets * args.starts_a_set)
     within = autocast(device_of("cpu"), "auto")
     # Nothing is learned: the gradient is left where the optimizer would have read it.

@@ -89,6 +89,7 @@ class VLLMPolicy(TokenPolicy):
         name: PathLike,
         *,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
         dtype: torch.dtype = torch.float32,
         max_batch: int = 64,
         max_prompt: int = 320,
@@ -114,6 +115,7 @@ class VLLMPolicy(TokenPolicy):
             network,
             read_statistics(folder, config.suite, action_dim=spec.dim),
             temperature,
+            coherence,
         )
         encode = encoder(tokenizer_of(folder, network))
         self._prompt = lru_cache(maxsize=4096)(lambda text: prompt_ids(text, network, encode))
@@ -187,6 +189,7 @@ class HTTPPolicy(TokenPolicy):
         *,
         token: str | None = None,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
         timeout_s: float = 120.0,
         retries: int = 6,
         backoff_s: float = 0.25,
@@ -213,6 +216,7 @@ class HTTPPolicy(TokenPolicy):
             config_from_dict(OpenVLAConfig, facts["network"], f"{url}: network"),
             config_from_dict(Statistics, facts["statistics"], f"{url}: statistics"),
             temperature,
+            coherence,
         )
         self.version = int(facts["version"])
         self._sent: int | None = None

@@ -95,6 +95,7 @@ class TokenPolicy(ABC):
         network: OpenVLAConfig,
         statistics: Statistics,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
     ) -> None:
         spec = config.action_spec
         if (network.action_dim, network.chunk) != (spec.dim, spec.chunk):
@@ -109,9 +110,10 @@ class TokenPolicy(ABC):
             )
         if not 0 <= temperature <= 100:
             raise UserError(f"temperature is {temperature}; expected 0 (greedy) .. 100")
+        if not 0 <= coherence < 1:
+            raise UserError(f"coherence is {coherence}; expected at least 0 and below 1")
         self.config, self.network_config, self.statistics = config, network, statistics
-        self.temperature = temperature
-        self.coherence = 0.0
+        self.temperature, self.coherence = temperature, coherence
         self.version = 0
 
     @property
@@ -167,10 +169,11 @@ class VLAPolicy(TokenPolicy):
         statistics: Statistics,
         *,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
         tokenizer: Path | None = None,
     ) -> None:
         """tokenizer: the checkpoint's tokenizer.json, kept with what is saved; None: bytes."""
-        super().__init__(config, network.config, statistics, temperature)
+        super().__init__(config, network.config, statistics, temperature, coherence)
         self.network, self.tokenizer = network, tokenizer
         encode = encoder(tokenizer)
         self._prompt = lru_cache(maxsize=4096)(
@@ -282,6 +285,7 @@ class VLAPolicy(TokenPolicy):
         name: PathLike,
         *,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> VLAPolicy:
@@ -294,8 +298,9 @@ class VLAPolicy(TokenPolicy):
                 "OpenVLA-OFT checkpoint use VLAPolicy.from_openvla"
             )
         return cls.from_openvla(
-            folder, PolicyConfig.load(folder), temperature=temperature, device=device, dtype=dtype
-        )
+            folder, PolicyConfig.load(folder), temperature=temperature, coherence=coherence,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_openvla(
@@ -304,6 +309,7 @@ class VLAPolicy(TokenPolicy):
         config: PolicyConfig,
         *,
         temperature: float = TEMPERATURE,
+        coherence: float = 0.0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         adapter: PathLike | None = None,
@@ -323,7 +329,10 @@ class VLAPolicy(TokenPolicy):
         )
         statistics = read_statistics(folder, config.suite, action_dim=spec.dim)
         tokenizer = tokenizer_of(folder, network.config)
-        return cls(network, config, statistics, temperature=temperature, tokenizer=tokenizer)
+        return cls(
+            network, config, statistics, temperature=temperature, coherence=coherence,
+            tokenizer=tokenizer,
+        )  # fmt: skip
 
 
 def distinct(

@@ -117,6 +117,19 @@ def test_blocks_that_compile_to_something_else_print_no_speed(monkeypatch):
         train.compile_equal(trainer, 1e-4)
 
 
+@pytest.mark.slow
+def test_plain_figures_stand_where_compiled_blocks_fail(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        train, "compile_blocks", lambda dit: dit.final_layer.linear.weight.data.mul_(1.05)
+    )
+    argv = ["--out", str(tmp_path), "--threads", "1", "--batch", "1", "--repeats", "1"]
+    assert train.main(argv) == 1
+    found = json.loads((tmp_path / "train-tiny-128x128-cpu.json").read_text())
+    assert [step["implementation"] for step in found["steps"]] == ["eager"]
+    assert "no speed for unequal work" in found["left_out"]["compiled"]
+    assert "compiled: left out, UserError" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_rollout_on_a_gpu(tmp_path):
     options = ["--preset", "tiny", "--rounds", "1", "--batches", "1", "2", "--shares-batch", "2"]

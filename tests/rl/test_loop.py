@@ -24,7 +24,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # child processes look for loop_home as well
 
-from loop_home import HORIZON, make_home, triple, write_pool
+from loop_home import HORIZON, make_home, small_world, triple, write_pool
 
 import worldloop
 from worldloop.checkpoint import resolve_pretrained
@@ -40,7 +40,7 @@ from worldloop.rl.jobs import _first_failure, run_job
 from worldloop.rl.loop import STAGES, Loop, main
 from worldloop.rl.loop_results import main as report
 from worldloop.rl.round_config import PRESETS, RoundConfig
-from worldloop.rl.stages import Waiting, calibrate, collect, decide
+from worldloop.rl.stages import Waiting, calibrate, collect, decide, imagined_success
 from worldloop.rl.starts import load_starts
 from worldloop.rl.true_env import TrueEnv
 
@@ -82,8 +82,11 @@ def test_a_round_goes_through_every_stage(finished):
     assert facts["improve"]["steps"] == 3 and facts["improve"]["imagined_frames"] > 0
     assert [check["step"] for check in facts["improve"]["alarm"]] == [0, 2]
     assert facts["evaluate"]["episodes"] == 12
-    low, high = facts["evaluate"]["ci95"]
-    assert low <= facts["evaluate"]["success"] <= high
+    greedy = facts["improve"]["imagined_greedy"]
+    assert greedy["before"]["episodes"] == greedy["after"]["episodes"] == len(sans)
+    for found in (facts["evaluate"], greedy["before"], greedy["after"]):
+        low, high = found["ci95"]
+        assert low <= found["success"] <= high
     # The world model is trained anew from the pretrained one, and the policy has changed.
     before = ledger.records[0].inputs["path 0"]
     assert ledger.find(1, "improve").outputs["policy"].sha256 != before
@@ -118,6 +121,21 @@ def test_rl_begins_from_fresh_starts_where_they_are_asked_for(finished, tmp_path
         loop.inputs("starts", 1)
 
 
+def test_imagined_success_is_that_of_the_greedy_policy_in_the_world_model_of_rl(tmp_path):
+    config = make_home(tmp_path)
+    noisy = dataclasses.replace(config.grpo, starts=tmp_path / "pool", seed=3, temperature=5.0)
+    policy = Path(config.policy)
+    for threshold, wanted in ((0.0, 1.0), (1.0, 0.0)):
+        small_world(threshold).save(tmp_path / "other")
+        grpo = dataclasses.replace(noisy, world=str(tmp_path / "other"))
+        found = imagined_success(grpo, [policy])
+        assert found["before"] == found["after"] and found["after"]["success"] == wanted
+        assert found["after"]["episodes"] == 9
+    grpo = dataclasses.replace(noisy, world=config.world)
+    cold = dataclasses.replace(grpo, temperature=0.1)
+    assert imagined_success(grpo, [policy]) == imagined_success(cold, [policy])
+
+
 def test_episodes_that_fooled_it_join_the_next_round(finished):
     home, config = finished
     loop = Loop(home / "loop")
@@ -133,6 +151,7 @@ def test_episodes_that_fooled_it_join_the_next_round(finished):
 def test_the_report_is_one_file_that_shows_truth_beside_imagination(finished):
     page = (finished[0] / "loop/round-01/report.html").read_text()
     assert "true success" in page and "imagined success" in page and "<svg" in page
+    assert "Greedy, from 19 starts in this world model" in page
     assert page.count("data:video/mp4;base64,") == 4 and "data:image/jpeg;base64," in page
     outside = [link for link in re.findall(r'(?:src|href|poster)="([^"]+)"', page)
                if not link.startswith("data:")]  # fmt: skip

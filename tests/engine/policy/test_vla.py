@@ -202,6 +202,8 @@ def test_bad_checkpoints_and_arguments_are_one_line(policy, tmp_path):
         make(statistics=Statistics((0.0,), (1.0,), (True,)))
     with pytest.raises(UserError, match="temperature is -1"):
         make(temperature=-1)
+    with pytest.raises(UserError, match="coherence is 1"):
+        make(coherence=1)
     with pytest.raises(UserError, match="frames is float32"):
         bad = dataclasses.replace(observe(1), frames=observe(1).frames.astype(np.float32))
         policy.act(bad, 0)
