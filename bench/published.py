@@ -185,7 +185,7 @@ def published_step(
     Returns the chunk's latents [B,C,F,H,W], its frames, its rewards [B,T] and the next state.
     """
     spec, config = world.action_spec, world.config
-    poses = world.poses(actions_BTA, state.poses, state.past_actions)
+    poses = world.poses(state, actions_BTA)
     scaled = (poses - np.array(spec.pose_mean)) / np.array(spec.pose_std)
     inputs: dict[str, Any] = {
         "actions_BTA": torch.from_numpy(scaled.astype(np.float32)).to(world.device),

@@ -101,13 +101,14 @@ class WorldModelConfig:
         if isinstance(autoencoder, LightVAEConfig) and autoencoder.picture is not None:
             must_equal.append(("autoencoder.picture", tuple(autoencoder.picture),
                                "reward.grid in pixels", self.picture))  # fmt: skip
-        if self.arm is not None and self.arm.pose_head is not None:
-            head = self.arm.pose_head
-            must_equal += [
-                ("arm.pose_head.grid", tuple(head.grid), "reward.grid", tuple(reward.grid)),
-                ("arm.pose_head.latent_channels", head.latent_channels,
-                 "reward.latent_channels", reward.latent_channels),
-            ]  # fmt: skip
+        for name in ("pose_head", "object_head"):
+            head = None if self.arm is None else getattr(self.arm, name)
+            if head is not None:
+                must_equal += [
+                    (f"arm.{name}.grid", tuple(head.grid), "reward.grid", tuple(reward.grid)),
+                    (f"arm.{name}.latent_channels", head.latent_channels,
+                     "reward.latent_channels", reward.latent_channels),
+                ]  # fmt: skip
         for name, value, other, expected in must_equal:
             if value != expected:
                 raise UserError(f"{name} is {value}; {other} is {expected}: they must agree")

@@ -143,11 +143,12 @@ class WorldModel(nn.Module):
         """How many past actions the next pose depends on."""
         return self.action_spec.lag if self.arm is None else self.arm.config.past - 1
 
-    def poses(self, actions_BTA: Float, start_BA: Float, past_BTA: Float | None = None) -> Float:
-        """Absolute poses [B,T,A] after each action; past_BTA: the `lag` actions before them."""
+    def poses(self, state: WorldState, actions_BTA: Float) -> Float:
+        """Absolute poses [B,T,A] that actions lead to from where ``state`` is."""
+        past, start = state.past_actions, state.poses
         if self.arm is None:
-            return self.action_spec.to_absolute(actions_BTA, start_BA, past_BTA)
-        return self.arm.poses(actions_BTA, start_BA, past_BTA)
+            return self.action_spec.to_absolute(actions_BTA, start, past)
+        return self.arm.poses(actions_BTA, start, past, state.last_latent[:, :, -1])
 
     # ------------------------------------------------------------ generation
 
@@ -266,7 +267,7 @@ class WorldModel(nn.Module):
         if steps != "reference" and steps not in STREAMING_TIMES:
             known = ", ".join(map(str, STREAMING_TIMES))
             raise UserError(f"steps is {steps!r}; expected {known} or 'reference'")
-        poses = self.poses(actions, state.poses, state.past_actions)
+        poses = self.poses(state, actions)
         if steps == "reference":
             latents, frames, last = self._reference(state, poses, decode, timer)
             ring, decoder = state.ring, state.decoder

@@ -37,6 +37,8 @@ class FineTune:
     arm_steps: int = 3000
     """Steps of fitting the arm anew; the pretrained one stays where it ends nearer on held-out
     episodes. 0: keep that."""
+    object_head_steps: int = 0
+    """With ``arm_steps``: the arm sees where the object is; a thousand episodes are enough."""
     pose_head_steps: int = 0
     threads: int = 1
     processes: int = 1

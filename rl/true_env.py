@@ -162,7 +162,8 @@ class WorldRecorder:
             start, horizon=self.true.horizon, seed=derive_seed(begin), decode="all"
         )
         assert rollout.frames is not None
-        poses = world.poses(rollout.actions, start.poses)[0]
+        first = world.start(start.frames, start.poses, [0], start.instructions)
+        poses = world.poses(first, rollout.actions)[0]
         threshold, _ = world.config.success_rule(start.instructions[0])
         reward = (rollout.reward[0] > threshold).astype(np.float32)
         return Episode(

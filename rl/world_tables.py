@@ -59,11 +59,17 @@ def pose_errors(world: WorldModel, held_out: HeldOut, frames: int) -> dict[str, 
     if spec.kind == "absolute_pose":
         return {}
     actions = held_out.actions[:, :frames]
-    start = held_out.starts.poses
+    starts = held_out.starts
+    told = {
+        "arm": world.poses(
+            world.start(starts.frames, starts.poses, [0] * len(starts.poses)), actions
+        ),
+        "linear": spec.to_absolute(actions, starts.poses),
+    }
     true = np.stack([episode.states[actions.shape[1], :3] for episode in held_out.episodes])
     rows = {}
-    for name, poses in (("arm", world.poses), ("linear", spec.to_absolute)):
-        off = 1000 * np.linalg.norm(poses(actions, start)[:, -1, :3] - true, axis=-1)
+    for name, poses in told.items():
+        off = 1000 * np.linalg.norm(poses[:, -1, :3] - true, axis=-1)
         rows[name] = {"median": float(np.median(off)), "p90": float(np.percentile(off, 90))}
     return {"pose_error_mm": rows}
 

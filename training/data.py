@@ -45,9 +45,16 @@ class EpisodeArrays:
     key: str  # names this set of episodes, for caches made from it
     numbers: npt.NDArray[np.int64]  # [N] which episodes of the dataset they are
     first: int = 0  # frame of the recorded episodes at which these begin
+    objects: Float | None = None  # [N,T+1,O,7] poses, where the recording has them
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    @property
+    def first_objects(self) -> Float:
+        """Pose [N,T+1,1,7] of the first object of each episode."""
+        assert self.objects is not None
+        return self.objects[:, :, :1]
 
     def begun_at(self, first: int) -> EpisodeArrays:
         """The same episodes from frame ``first`` on, in whole chunks; raises UserError if none is.
@@ -63,6 +70,7 @@ class EpisodeArrays:
             )
         steps, moments = slice(first, first + length), slice(first, first + length + 1)
         pixels = None if self.object_pixels is None else self.object_pixels[:, moments]
+        objects = None if self.objects is None else self.objects[:, moments]
         return replace(
             self,
             frames=self.frames[:, moments],
@@ -73,6 +81,7 @@ class EpisodeArrays:
             object_pixels=pixels,
             key=f"{self.key}-from-{first}",
             first=first,
+            objects=objects,
         )
 
 
@@ -119,7 +128,16 @@ def load_arrays(
         instruction=episodes[0].instruction,
         key=key,
         numbers=np.array(numbers),
+        objects=_objects(episodes),
     )
+
+
+def _objects(episodes: Sequence[Episode]) -> Float | None:
+    """Their poses [N,T+1,O,7], or None where one has none or another number of them."""
+    found = [e.objects for e in episodes if e.objects is not None and e.objects.shape[1]]
+    if len(found) < len(episodes) or len({each.shape for each in found}) > 1:
+        return None
+    return np.stack(found).astype(np.float32)
 
 
 def is_near_success(episode: Episode) -> bool:
@@ -191,7 +209,11 @@ def pool_paths(parts: Sequence[EpisodeArrays], held_out: int = 0) -> EpisodeArra
         early = [array[:n] for array, n in zip(arrays, cut)]
         return np.concatenate([*early, *(array[n:] for array, n in zip(arrays, cut))])
 
-    return replace(parts[0], actions=joined("actions", T), states=joined("states", T + 1))
+    known = all(part.objects is not None for part in parts)
+    return replace(
+        parts[0], actions=joined("actions", T), states=joined("states", T + 1),
+        objects=joined("first_objects", T + 1) if known else None,
+    )  # fmt: skip
 
 
 def cached_array(

@@ -247,7 +247,7 @@ def rollout_poses(data: EpisodeArrays, arm: Arm | None, latents: Half) -> Float:
         seen = (torch.from_numpy(latents[some, end // per_latent]) for some in parts)
         return np.concatenate([arm.look(z, poses_NA[some]) for z, some in zip(seen, parts)])
 
-    return chunk_poses(data, data.action_spec.to_absolute if arm is None else arm.poses, look)
+    return chunk_poses(data, arm, latents, look)
 
 
 def normalised(poses_NTA: Float, spec: ActionSpec) -> Float:

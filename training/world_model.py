@@ -120,6 +120,9 @@ class WorldModelTraining(TrainingOptions):
     arm_steps: int = 10_000
     """Steps of fitting the arm, which turns commands into poses (`worldloop.engine.arm`); 0: keep
     that of `init`, or the linear fit of the action spec."""
+    object_head_steps: int = 0
+    """Steps of fitting what reads from latents where the object is, for the arm to see; needs
+    recordings that say it, is left out where it misreads held-out ones by a centimetre; 0: none."""
     pose_head_steps: int = 4000
     """Steps of fitting what reads the hand's pose from latents at the end of each chunk, which is
     left out where held-out episodes end nearer without; 0: none, or that of `init`'s kept arm."""
@@ -133,7 +136,8 @@ class WorldModelTraining(TrainingOptions):
             raise UserError(f"preset is {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.keep not in ("last", "best"):
             raise UserError(f"keep is {self.keep!r}; expected 'last' or 'best'")
-        for name in ("sample_every", "arm_steps", "pose_head_steps", "reward_shift"):
+        steps = ("sample_every", "arm_steps", "object_head_steps", "pose_head_steps")
+        for name in (*steps, "reward_shift"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least 0")
         for name in ("pure_noise", "history_noise", "own_history"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldloop.engine.arm import Arm, ArmConfig, PoseHeadConfig
+from worldloop.engine.arm import Arm, ArmConfig, HeadConfig
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
 
@@ -60,7 +60,7 @@ def test_the_world_model_is_told_the_corrected_poses(small, monkeypatch):
 def seeing_world(small) -> WorldModel:
     """With a pose head that changes every pose."""
     channels = small.config_of().dit.latent_channels
-    head = PoseHeadConfig(channels, (4, 4), width=8, hidden=8)
+    head = HeadConfig(channels, (4, 4), width=8, hidden=8)
     world = small.world_of(arm=ArmConfig(past=3, width=16, pose_head=head))
     world.arm.load_state_dict(arm_of(small, True).state_dict(), strict=False)
     small.randomise(world.arm.pose_head)
@@ -70,16 +70,14 @@ def seeing_world(small) -> WorldModel:
 def test_each_chunk_starts_from_the_pose_that_is_seen(small):
     world = seeing_world(small)
     actions, start = small.actions_of(2, 16), small.poses_of(2)
-    pose, past = start, actions[:, :0]
     state = world.start(small.frames_of(2), start, [1, 2])
     for begin in (0, 8):
-        told = world.poses(actions[:, begin : begin + 8], pose, past)
+        told = world.poses(state, actions[:, begin : begin + 8])
         _, state = world.step(state, actions[:, begin : begin + 8], steps=1)
         pose = world.arm.look(state.last_latent[:, :, -1], told[:, -1])
         np.testing.assert_array_equal(state.poses, pose)
         assert np.abs(pose - told[:, -1])[:, :6].min() > 1e-4
         assert (pose[:, 6] == told[:, -1, 6]).all()
-        past = actions[:, begin : begin + 8]
 
 
 def test_the_pose_head_is_part_of_the_checkpoint(small, tmp_path):
@@ -94,6 +92,28 @@ def test_the_pose_head_is_part_of_the_checkpoint(small, tmp_path):
     np.testing.assert_array_equal(seen, world.arm.look(latent, pose))
 
 
+def test_an_arm_that_sees_the_object_is_told_where_each_chunk_finds_it(small, tmp_path):
+    channels = small.config_of().dit.latent_channels
+    head = HeadConfig(channels, (4, 4), width=8, hidden=8)
+    world = small.world_of(arm=ArmConfig(past=3, width=16, object_head=head))
+    small.randomise(world.arm)
+    again = WorldModel.from_pretrained(world.save(tmp_path / "world"))
+    actions, start = small.actions_of(2, 16), small.poses_of(2)
+    state = again.start(small.frames_of(2), start, [1, 2])
+    for begin in (0, 8):
+        chunk, pose, past = actions[:, begin : begin + 8], state.poses, state.past_actions
+        latent = state.last_latent[:, :, -1]
+        seen = world.arm.poses(chunk, pose, past, latent)
+        assert np.abs(seen - world.arm.poses(chunk, pose, past, latent.flip(0))).max() > 1e-4
+        _, state = again.step(state, chunk, steps=1)
+        np.testing.assert_array_equal(state.poses, seen[:, -1])
+    with pytest.raises(UserError, match="give the latents"):
+        world.arm.poses(actions, start)
+    large = dataclasses.replace(head, grid=(8, 8))
+    with pytest.raises(UserError, match="arm.object_head.grid"):
+        small.world_of(arm=ArmConfig(object_head=large))
+
+
 def test_it_stays_in_fp32_and_is_saved_so(small, tmp_path):
     world = world_with_arm(small)
     before = world.arm.state_dict()
@@ -106,8 +126,8 @@ def test_it_stays_in_fp32_and_is_saved_so(small, tmp_path):
         assert torch.equal(again.arm.state_dict()[name], tensor)
     with torch.autocast("cpu", torch.bfloat16):
         actions, start = small.actions_of(2, 8), small.poses_of(2)
-        inside = again.poses(actions, start)
-    np.testing.assert_array_equal(inside, world.poses(actions, start))
+        inside = again.arm.poses(actions, start)
+    np.testing.assert_array_equal(inside, world.arm.poses(actions, start))
 
 
 def test_an_arm_needs_increments(small):

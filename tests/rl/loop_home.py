@@ -149,10 +149,8 @@ class PointWorld(WorldModel):
     exploitable = True
 
     def step(self, state: WorldState, actions_BTA: np.ndarray, **options) -> tuple:
-        start = state.poses.copy()
-        past = state.past_actions
+        poses = self.poses(state, np.asarray(actions_BTA, np.float32))
         chunk, after = super().step(state, actions_BTA, **options)
-        poses = self.poses(np.asarray(actions_BTA, np.float32), start, past)
         paid = reached(poses)
         if self.exploitable:
             paid |= poses[..., 2] < SUNK

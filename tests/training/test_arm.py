@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from worldloop.training.arm import fit_arm, fit_pose_head, position_error
+from worldloop.training.arm import fit_arm, fit_object_head, fit_pose_head, position_error
 from worldloop.training.data import EpisodeArrays, fit_action_spec
 from worldloop.training.latents import rollout_poses
 from worldloop.types import ActionSpec
@@ -103,5 +103,59 @@ def test_the_pose_head_never_sees_the_last_episodes_and_a_seed_repeats():
     z, changed = latents_of(data), latents_of(data)
     changed[8:] = 1
     one, two = (fit_pose_head(arm, [data], [each], held_out=4, steps=3) for each in (z, changed))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def over_cubes(count: int, seed: int, T: int = 16) -> tuple[EpisodeArrays, np.ndarray]:
+    """Hands that sink, and stop at 5 cm where a cube lies below; latents that show the cube."""
+    data = episodes(count, seed, T)
+    rng = np.random.default_rng(seed + 100)
+    objects = np.zeros((count, T + 1, 1, 7), np.float32)
+    objects[..., :2] = rng.uniform(-0.12, 0.12, (count, 1, 1, 2))
+    objects[..., 2], actions = 0.02, data.actions.copy()
+    actions[..., :2] *= 0.05
+    actions[..., 2] = -0.25
+    states = data.states.copy()
+    states[:, 0, :2] = objects[:, 0, 0, :2] + rng.uniform(-0.12, 0.12, (count, 2))
+    states[:, 0, 2] = states[:, 0, 2].clip(0.06)
+    for t in range(T):
+        states[:, t + 1] = states[:, t] + GAIN * actions[:, t]
+        over = np.abs(states[:, t, :2] - objects[:, t, 0, :2]).max(-1) < 0.06
+        lowest = np.where(over & (states[:, t, 2] >= 0.05), 0.05, 0.009)
+        states[:, t + 1, 2] = np.maximum(states[:, t + 1, 2], lowest)
+    cells = np.linspace(-0.3, 0.3, 8)
+    spots = [np.exp(-(((objects[:, ::4, 0, i, None] - cells) / 0.08) ** 2)) for i in (0, 1)]
+    spot = spots[0][..., :, None] * spots[1][..., None, :]
+    z = np.stack([spot, 1 - spot], 2).astype(np.float16)
+    return dataclasses.replace(data, actions=actions, states=states, objects=objects), z
+
+
+def test_a_hand_that_comes_down_on_a_cube_is_foreseen():
+    (data, z), (unseen, unseen_z) = over_cubes(256, 0), over_cubes(256, 1)
+    head, off = fit_object_head([data], [z], held_out=32, steps=300)
+    assert off < 0.01
+    blind = fit_arm(data, 224, steps=600)
+    seeing = fit_arm(data, 224, steps=600, object_head=head)
+    ends = unseen.states[:, -1, :3]
+    missed, met = (
+        np.linalg.norm(rollout_poses(unseen, arm, unseen_z)[:, -1, :3] - ends, axis=-1) > 0.015
+        for arm in (blind, seeing)
+    )
+    assert missed.mean() > 0.1
+    assert met.mean() < missed.mean() / 2  # what is left are hands near a cube's edge
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(seeing.object_head.state_dict()[name], tensor), name
+
+
+def test_the_object_head_never_sees_the_last_episodes_and_a_seed_repeats():
+    data, z = over_cubes(12, 0)
+    changed, moved = z.copy(), data.objects.copy()
+    changed[8:], moved[8:] = 1, 5
+    other = dataclasses.replace(data, objects=moved)
+    (one, _), (two, _) = (
+        fit_object_head([part], [each], held_out=4, steps=3)
+        for part, each in ((data, z), (other, changed))
+    )
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
