@@ -205,40 +205,41 @@ def fit_pose_head(
 
 def told_poses(arm: Arm, data: EpisodeArrays, latents: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Poses [N,T,6] that the commands of each chunk lead to from its true first pose."""
-    return chunk_poses(data, arm, latents, lambda end, _: data.states[:, end])[..., :MOVES]
+    return chunk_poses(data, arm, latents, lambda rows, end, _: data.states[rows, end])[..., :MOVES]
 
 
 def chunk_poses(
     data: EpisodeArrays,
     arm: Arm | None,
     latents: npt.NDArray[Any],
-    go_on: Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    go_on: Callable[
+        [npt.NDArray[np.int64], int, npt.NDArray[np.float32]], npt.NDArray[np.float32]
+    ],
 ) -> npt.NDArray[np.float32]:
     """Poses [N,T,A] after each action, by the commands of a chunk from where it starts.
 
     latents: [N,F,C,H,W]; an arm that sees the object sees those of each chunk's start. go_on: from
-    an action's number, at which a chunk ends, and the poses [N,A] there, to the poses that the next
-    chunk starts from.
+    some episodes' rows, the action's number at which a chunk ends, and the poses [n,A] there, to
+    the poses that the next chunk starts from.
     """
-    per_latent = data.actions.shape[1] // (latents.shape[1] - 1)
-
-    def to_poses(begin: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        actions, past = data.actions[rows, begin : begin + chunk], data.actions[rows, :begin]
-        if arm is None:
-            return data.action_spec.to_absolute(actions, pose[rows], past)
-        z = None
-        if arm.object_head is not None:
-            z = torch.from_numpy(np.asarray(latents[rows, begin // per_latent]))
-        return arm.poses(actions, pose[rows], past, z)
-
-    chunk, rows = data.action_spec.chunk, np.arange(len(data))
-    pose, made = data.states[:, 0], []
-    for begin in range(0, data.actions.shape[1], chunk):
-        # A few at a time: the head's features of a thousand pictures are gigabytes.
-        parts = np.array_split(rows, -(-len(rows) // 256))
-        made.append(np.concatenate([to_poses(begin, some) for some in parts]))
-        pose = go_on(begin + made[-1].shape[1], made[-1][:, -1])
-    return np.concatenate(made, 1)
+    chunk, T = data.action_spec.chunk, data.actions.shape[1]
+    per_latent = T // (latents.shape[1] - 1)
+    made = np.empty_like(data.actions)
+    # A few at a time: a head's features of a thousand pictures are gigabytes.
+    for rows in np.array_split(np.arange(len(data)), -(-len(data) // 256)):
+        pose = data.states[rows, 0]
+        for begin in range(0, T, chunk):
+            end = min(begin + chunk, T)
+            actions, past = data.actions[rows, begin:end], data.actions[rows, :begin]
+            if arm is None:
+                poses = data.action_spec.to_absolute(actions, pose, past)
+            else:
+                seen = arm.object_head is not None
+                z = torch.from_numpy(latents[rows, begin // per_latent]) if seen else None
+                poses = arm.poses(actions, pose, past, z)
+            made[rows, begin:end] = poses
+            pose = go_on(rows, end, poses[:, -1])
+    return made
 
 
 def position_error(poses_NTA: npt.NDArray[np.float32], states: npt.NDArray[np.float32]) -> float:

@@ -240,12 +240,10 @@ def rollout_poses(data: EpisodeArrays, arm: Arm | None, latents: Half) -> Float:
     """
     per_latent = data.actions.shape[1] // (latents.shape[1] - 1)
 
-    def look(end: int, poses_NA: Float) -> Float:
-        if arm is None or arm.pose_head is None:
-            return poses_NA
-        parts = np.array_split(np.arange(len(poses_NA)), -(-len(poses_NA) // 256))
-        seen = (torch.from_numpy(latents[some, end // per_latent]) for some in parts)
-        return np.concatenate([arm.look(z, poses_NA[some]) for z, some in zip(seen, parts)])
+    def look(rows: npt.NDArray[np.int64], end: int, poses_nA: Float) -> Float:
+        if arm is None:
+            return poses_nA
+        return arm.look(torch.from_numpy(latents[rows, end // per_latent]), poses_nA)
 
     return chunk_poses(data, arm, latents, look)
 

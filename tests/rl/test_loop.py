@@ -128,12 +128,11 @@ def test_imagined_success_is_that_of_the_greedy_policy_in_the_world_model_of_rl(
     for threshold, wanted in ((0.0, 1.0), (1.0, 0.0)):
         small_world(threshold).save(tmp_path / "other")
         grpo = dataclasses.replace(noisy, world=str(tmp_path / "other"))
-        found = imagined_success(grpo, [policy])
-        assert found["before"] == found["after"] and found["after"]["success"] == wanted
-        assert found["after"]["episodes"] == 9
+        found = imagined_success(grpo, policy)
+        assert found["success"] == wanted and found["episodes"] == 9
     grpo = dataclasses.replace(noisy, world=config.world)
     cold = dataclasses.replace(grpo, temperature=0.1)
-    assert imagined_success(grpo, [policy]) == imagined_success(cold, [policy])
+    assert imagined_success(grpo, policy) == imagined_success(cold, policy)
 
 
 def test_episodes_that_fooled_it_join_the_next_round(finished):
