@@ -53,6 +53,8 @@ class LearnerConfig:
     arithmetic before the first step) or "rollout" (as sampled; right where the gap is small)."""
     checkpoint_blocks: bool = False
     """Recompute layers in the backward pass: less memory, a third more time."""
+    freeze_vision: bool = False
+    """Leave the vision towers and the projector behind them as they are."""
 
     def __post_init__(self) -> None:
         if self.old_logprobs not in ("recompute", "rollout"):
@@ -106,6 +108,9 @@ class Learner:
     ) -> None:
         self.policy, self.config = policy, config
         self.precision = precision or nullcontext()
+        if config.freeze_vision:
+            for part in (policy.network.vision_backbone, policy.network.projector):
+                part.requires_grad_(False)
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay

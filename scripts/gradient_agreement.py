@@ -7,7 +7,8 @@ Imagines sets of episodes by the policy as it is, each from start states of its 
 learner's gradient of each set. Two sets' gradients have the same expectation and nothing else in
 common, so the mean cosine between them, c, tells signal from noise: for m sets together it is
 m c / (1 + (m - 1) c). It depends on what is done with a gradient before it becomes a step:
-raw (SGD), divided by its size over the sets (Adam), orthogonalised (Muon).
+raw (SGD), divided by its size over the sets (Adam), orthogonalised (Muon). The last rows are of
+the network's parts, each by itself.
 """
 
 from __future__ import annotations
@@ -122,6 +123,9 @@ def main() -> None:
     both = [{n: sum(g[n] for g in parts) for n in parts[0]} for parts in zip(*found, strict=True)]
     table = {f"chunk {i + 1}": agreement(each) for i, each in enumerate(found)}
     table["all"] = agreement(both)
+    for part in sorted({name.split(".")[0] for name in both[0]}):
+        own = [{n: t for n, t in g.items() if n.startswith(f"{part}.")} for g in both]
+        table[part] = agreement(own)
     for name, row in table.items():
         print(name, {way: f"{c:.4f} +- {error:.4f}" for way, (c, error) in row.items()})
     document = {

@@ -158,6 +158,28 @@ def test_decisions_without_an_advantage_are_not_passed_through(
     assert len(seen) == 2 and set(nothing.values()) == {0.0}
 
 
+def test_frozen_vision_stays_as_it_is_and_the_rest_learns_as_before(
+    small_world, small_policy, pool
+):
+    gradients = []
+    for frozen in (False, True):
+        policy = small_policy()
+        before = {name: p.detach().clone() for name, p in policy.network.named_parameters()}
+        e = experience(small_world, policy, pool)
+        config = dataclasses.replace(LEARN, mini_batch=100, freeze_vision=frozen)
+        Learner(policy, config).update(e, seed=0)
+        named = dict(policy.network.named_parameters())
+        moved = {name.split(".")[0] for name, p in named.items() if not torch.equal(p, before[name])}
+        assert "language_model" in moved
+        assert ("vision_backbone" in moved) == ("projector" in moved) == (not frozen)
+        gradients.append({name: p.grad for name, p in named.items() if "language_model" in name})
+    for name, gradient in gradients[0].items():
+        # Clipping is by the norm of what is learned: the same direction, another length.
+        a, b = gradient.flatten(), gradients[1][name].flatten()
+        if a.norm() > 0:
+            assert torch.cosine_similarity(a, b, 0) > 0.9999, name
+
+
 def test_an_update_makes_good_tokens_likelier_and_bad_ones_less(small_world, small_policy, pool):
     policy = small_policy()
     e = experience(small_world, policy, pool)
