@@ -169,7 +169,9 @@ def test_frozen_vision_stays_as_it_is_and_the_rest_learns_as_before(
         config = dataclasses.replace(LEARN, mini_batch=100, freeze_vision=frozen)
         Learner(policy, config).update(e, seed=0)
         named = dict(policy.network.named_parameters())
-        moved = {name.split(".")[0] for name, p in named.items() if not torch.equal(p, before[name])}
+        moved = {
+            name.split(".")[0] for name, p in named.items() if not torch.equal(p, before[name])
+        }
         assert "language_model" in moved
         assert ("vision_backbone" in moved) == ("projector" in moved) == (not frozen)
         gradients.append({name: p.grad for name, p in named.items() if "language_model" in name})
