@@ -108,12 +108,9 @@ TINY = GRPOConfig(
     steps=20,
     precision="auto",
     learner=LearnerConfig(
-        lr=2e-4, warmup=10, cooldown=0.4, mini_batch=32, epochs=2, old_logprobs="rollout",
-        # Their gradients agree in nothing from one set of starts to the next: noise that costs
-        # success (docs/policy.md).
-        freeze_vision=True,
+        lr=2e-4, warmup=10, cooldown=0.4, mini_batch=32, epochs=2, old_logprobs="rollout"
     ),
-)  # fmt: skip
+)
 
 PRESETS: dict[str, tuple[str, GRPOConfig]] = {
     "simplevla": ("SimpleVLA-RL's settings for LIBERO", GRPOConfig(out=Path("runs/grpo"))),
