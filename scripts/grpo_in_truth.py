@@ -52,6 +52,7 @@ class TrueGRPO(GRPO):
         }
 
     def imagine(self, starts: Starts, group_size: int, seed: int, **options: Any) -> Rollout:
+        """Played, not imagined; ``options`` are a world model's (its noise, its branches)."""
         chunk, dim = self.env.action_spec.chunk, self.env.action_spec.dim
         B, T = len(starts.instructions) * group_size, self.config.horizon
         group_id = np.repeat(np.arange(len(starts.instructions)), group_size)
@@ -63,8 +64,8 @@ class TrueGRPO(GRPO):
         begun = time.perf_counter()
         for row, group in enumerate(group_id):
             at = np.array([self.seed_of[starts.frames[group].tobytes()]])
-            options = {"reset_mask": np.ones(1, bool), "starts": at}
-            seen, _ = self.env.reset(seed=[0], options=options)
+            begin = {"reset_mask": np.ones(1, bool), "starts": at}
+            seen, _ = self.env.reset(seed=[0], options=begin)
             for k in range(T // chunk):
                 frame, text = seen["frame"][:, None, None], starts.instructions[group]
                 frames[row, k] = frame[0, 0]
