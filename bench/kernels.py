@@ -2,7 +2,8 @@
 
 On a GPU three arms take turns on each case: the Triton kernel, the reference in plain torch, and
 the reference under torch.compile; inputs come from memory (the L2 cache is overwritten before
-each repeat). Elsewhere the operator is its reference, and that is timed. Correctness comes first:
+each repeat). Elsewhere the reference is timed and, for bf16, the operator's version in
+kernels/csrc where there is one. Correctness comes first:
 an arm whose error against the reference in fp32 exceeds the case's tolerance gets no time, and
 the exit code is 1. The floor is max(bytes / copy rate, FLOPs / matrix-product rate), both measured
 in the same run; a small case can beat it on a CPU, whose caches hold it.
@@ -24,6 +25,7 @@ from worldloop.cli import parse_config
 from worldloop.config import positive
 from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
+from worldloop.kernels.native import HAS_NATIVE
 from worldloop.kernels.op import HAS_TRITON, Case, Op
 
 # Of a case on a CPU: what a core does in a few tenths of a second.
@@ -51,10 +53,18 @@ class KernelBench:
             raise UserError(f"op is {self.op!r}; known: {', '.join(OPS)}")
 
 
-def arms_of(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable[..., Any]]:
+def arms_of(
+    op: Op, inputs: dict[str, Any], device: torch.device, compiled: bool
+) -> dict[str, Callable[..., Any]]:
     """Functions of the same arguments, by the name of their implementation."""
     if device.type != "cuda":
-        return {"reference": op.reference}
+        arms = {"reference": op.reference}
+        half = any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in inputs.values()
+        )
+        if op.native is not None and HAS_NATIVE and half:
+            arms["native"] = op.native
+        return arms
     arms = {"triton": op.custom} if HAS_TRITON else {}
     arms["reference"] = op.reference
     if compiled:
@@ -72,7 +82,7 @@ def time_case(
     rows: list[dict[str, Any]] = []
     runs: dict[str, Callable[[], Any]] = {}
     times: dict[str, Times] = {}
-    for name, function in arms_of(op, device, config.compiled).items():
+    for name, function in arms_of(op, inputs, device, config.compiled).items():
         error = op.error_of(function, inputs)
         passed = error <= case.tolerance
         rows.append({

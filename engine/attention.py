@@ -8,10 +8,11 @@ reference (`kernels.attention.reference_attention`).
     flash      FlashAttention: its own package, or the FlashAttention-3 that vLLM carries
     xformers   xformers' memory-efficient attention
     triton     our kernel, worldloop.kernels.attention
+    native     its version in kernels/csrc, for bf16 on CPUs
 
-`auto` without a measurement takes `products` for bf16 on a CPU, unless the CPU has AMX and there
-is no backward pass, and `sdpa` elsewhere. flash, xformers and triton have no backward pass here:
-they are for inference.
+`auto` without a measurement takes, for bf16 on a CPU, `sdpa` where the CPU has AMX, else `native`
+where it is built, else `products`, and with a backward pass always `products`; elsewhere `sdpa`.
+flash, xformers, triton and native have no backward pass here: they are for inference.
 
 Shape letters: B rows, h heads, N queries, M keys, K head dimension.
 """
@@ -35,12 +36,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worldloop.errors import UserError
 from worldloop.files import atomic_write_text
-from worldloop.kernels.attention import attention, reference_attention
+from worldloop.kernels.attention import attention, native_takes, reference_attention
+from worldloop.kernels.native import HAS_NATIVE
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # read once: torch.compile cannot look into it
-NAMES = ("auto", "products", "sdpa", "cudnn", "flash", "xformers", "triton")
+NAMES = ("auto", "products", "sdpa", "cudnn", "flash", "xformers", "triton", "native")
 
 
 def _products(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def _xformers(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     return _xformers_op(*swapped).transpose(1, 2)
 
 
-def _triton(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
+def _kernel(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     return attention(q_BhNK, k_BhMK, v_BhMK)
 
 
@@ -142,7 +144,8 @@ _IMPLEMENTATIONS: dict[str, Attend] = {
     "cudnn": _cudnn,
     "flash": _flash,
     "xformers": _xformers,
-    "triton": _triton,
+    "triton": _kernel,
+    "native": _kernel,
 }
 
 
@@ -154,6 +157,8 @@ def attend(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, implementation: str =
         # keys), its backward pass three times as long.
         learns = torch.is_grad_enabled() and (q_BhNK.requires_grad or k_BhMK.requires_grad)
         implementation = "products" if bf16_on_cpu and (learns or not HAS_AMX) else "sdpa"
+        if implementation == "products" and native_takes(q_BhNK, k_BhMK, v_BhMK):
+            implementation = "native"
     return _IMPLEMENTATIONS[implementation](q_BhNK, k_BhMK, v_BhMK)
 
 
@@ -164,6 +169,13 @@ def missing(implementation: str, device: torch.device, dtype: torch.dtype) -> st
     """What keeps an implementation from running there, with the remedy; None where it runs."""
     if implementation in ("auto", "products", "sdpa"):
         return None
+    if implementation == "native":
+        if device.type == "cpu" and dtype == torch.bfloat16 and HAS_NATIVE:
+            return None
+        return (
+            "needs bf16 on a CPU with AVX512-BF16, and kernels/csrc: cmake -B build && "
+            "cmake --build build"
+        )
     if device.type != "cuda":
         return "needs a CUDA device; take 'sdpa' or 'products' on a CPU"
     if implementation == "triton":

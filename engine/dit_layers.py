@@ -16,7 +16,7 @@ from worldloop.engine.attention import attend
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.kernels.gated_norm import gated_norm, modulated_norm
 from worldloop.kernels.linear_gelu import linear_gelu
-from worldloop.kernels.op import uses_triton
+from worldloop.kernels.op import uses_native, uses_triton
 from worldloop.kernels.qk_rope import qk_rope_behind, rotate
 
 EPS = 1e-6  # of every RMSNorm
@@ -136,8 +136,9 @@ class Attention(nn.Module):
         q = self.q_proj(x_BND).unflatten(-1, split)
         k = self.k_proj(source).unflatten(-1, split)
         v = self.v_proj(source).unflatten(-1, split)
-        weights = (self.q_norm.weight, self.k_norm.weight)
-        if rope is not None and uses_triton(q, k, v, *weights, *(history or ())):
+        weights = (self.q_norm.weight.to(v.dtype), self.k_norm.weight.to(v.dtype))
+        inputs = (q, k, v, *weights, *(history or ()))
+        if rope is not None and (uses_triton(*inputs) or uses_native(*inputs)):
             q, seen_k, seen_v = qk_rope_behind(q, k, v, weights, rope, history)
             k, v = seen_k[:, -k.shape[1] :], seen_v[:, -k.shape[1] :]
         else:

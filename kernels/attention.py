@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloop.kernels import native
 from worldloop.kernels.op import (
     HAS_TRITON,
     INTERPRETED,
@@ -21,6 +22,7 @@ from worldloop.kernels.op import (
     require,
     tl,
     triton,
+    uses_native,
     uses_triton,
 )
 
@@ -102,16 +104,9 @@ def _attention_kernel(
 
 def launch_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     """Run the kernel (on a GPU, or interpreted); the result lies as [B,N,h,K] in memory."""
+    _check(q_BhNK, k_BhMK, v_BhMK)
     B, heads, N, K = q_BhNK.shape
     M = k_BhMK.shape[2]
-    for name, tensor in (("q", q_BhNK), ("k", k_BhMK), ("v", v_BhMK)):
-        expected = (B, heads, N if name == "q" else M, K)
-        require(
-            tuple(tensor.shape) == expected and tensor.dtype == q_BhNK.dtype,
-            "attention", f"{name} must be {q_BhNK.dtype} {list(expected)}",
-        )  # fmt: skip
-        require(tensor.stride(-1) == 1, "attention", f"{name}: channels must lie side by side")
-    require(M > 0, "attention", "there are no keys")
     out = torch.empty(B, N, heads, K, dtype=q_BhNK.dtype, device=q_BhNK.device).transpose(1, 2)
     strides = [s for t in (q_BhNK, k_BhMK, v_BhMK, out) for s in t.stride()[:3]]
     # The interpreter multiplies bf16 as raw bits: its operands have to be fp32.
@@ -123,17 +118,57 @@ def launch_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     return out
 
 
+def _check(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> None:
+    B, heads, N, K = q_BhNK.shape
+    M = k_BhMK.shape[2]
+    for name, tensor in (("q", q_BhNK), ("k", k_BhMK), ("v", v_BhMK)):
+        expected = (B, heads, N if name == "q" else M, K)
+        require(
+            tuple(tensor.shape) == expected and tensor.dtype == q_BhNK.dtype,
+            "attention", f"{name} must be {q_BhNK.dtype} {list(expected)}",
+        )  # fmt: skip
+        require(tensor.stride(-1) == 1, "attention", f"{name}: channels must lie side by side")
+    require(M > 0, "attention", "there are no keys")
+
+
+def native_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
+    """kernels/csrc, bf16; the result lies as [B,N,h,K] in memory."""
+    _check(q_BhNK, k_BhMK, v_BhMK)
+    B, h, N, K = q_BhNK.shape
+    M = k_BhMK.shape[2]
+    require(q_BhNK.dtype == torch.bfloat16, "attention", "kernels/csrc takes bf16")
+    require(K % 2 == 0, "attention", f"{K} channels a head; the CPU multiplies them in pairs")
+    out = _shape(q_BhNK, k_BhMK, v_BhMK)
+    strides = [s for t in (q_BhNK, k_BhMK, v_BhMK, out) for s in t.stride()[:3]]
+    native.call(
+        "worldloop_attention_bf16", (q_BhNK, k_BhMK, v_BhMK, out), (), (h, N, M, K, *strides),
+        items=B * h, work=4 * B * h * N * M * K,
+    )  # fmt: skip
+    return out
+
+
+def _on_cpu(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
+    chosen = native_attention if native_takes(q_BhNK, k_BhMK, v_BhMK) else reference_attention
+    return chosen(q_BhNK, k_BhMK, v_BhMK)
+
+
 def _shape(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     B, h, N, K = q_BhNK.shape
     return q_BhNK.new_empty(B, N, h, K).transpose(1, 2)
 
 
-_attention = define("attention", launch_attention, reference_attention, _shape)
+_attention = define("attention", launch_attention, reference_attention, _shape, on_cpu=_on_cpu)
+
+
+def native_takes(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> bool:
+    """Whether `attention` of these inputs runs in kernels/csrc."""
+    dense = all(t.stride(-1) == 1 for t in (q_BhNK, k_BhMK, v_BhMK))
+    return dense and q_BhNK.shape[-1] % 2 == 0 and uses_native(q_BhNK, k_BhMK, v_BhMK)
 
 
 def attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B,h,N,K]; fp32, fp16 or bf16."""
-    if uses_triton(q_BhNK, k_BhMK, v_BhMK):
+    if uses_triton(q_BhNK, k_BhMK, v_BhMK) or native_takes(q_BhNK, k_BhMK, v_BhMK):
         out: Tensor = _attention(q_BhNK, k_BhMK, v_BhMK)
         return out
     return reference_attention(q_BhNK, k_BhMK, v_BhMK)
@@ -163,8 +198,12 @@ ATTENTION = Op(
         _case("odd fp32", 2, 3, 37, 75, 24, _F32, 1e-5),
         _case("one key fp32", 1, 2, 5, 1, 16, _F32, 1e-5),
         _case("odd bf16", 1, 2, 40, 130, 64, _BF16, 2e-2),
+        _case("narrow bf16", 2, 3, 7, 65, 18, _BF16, 2e-2),
+        _case("wide bf16", 1, 2, 6, 31, 80, _BF16, 2e-2),
         _case("tiny fp32", 2, 4, 384, 832, 64, _F32, 1e-5, large=True),
+        _case("tiny bf16", 2, 4, 384, 832, 64, _BF16, 2e-2, large=True),
         _case("2b first frame bf16", 8, 16, 256, 256, 128, _BF16, 2e-2, large=True),
         _case("2b 256x256 bf16", 8, 16, 1536, 4864, 128, _BF16, 2e-2, large=True),
     ),
+    native=native_attention,
 )  # fmt: skip

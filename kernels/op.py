@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from worldloop.errors import UserError
+from worldloop.kernels.native import HAS_NATIVE
 
 try:
     import triton
@@ -56,7 +57,7 @@ else:
 
 __all__ = [
     "HAS_TRITON", "INTERPRETED", "Case", "Op", "define", "error", "reference_only", "require",
-    "tl", "triton", "uses_triton",
+    "tl", "triton", "uses_native", "uses_triton",
 ]  # fmt: skip
 
 # Kernels run on CPU tensors, interpreted: for tests. Triton reads the variable when it is imported.
@@ -91,14 +92,28 @@ def uses_triton(first: Tensor, *others: Tensor | None, differentiable: bool = Fa
     return not any(t is not None and t.requires_grad for t in (first, *others))
 
 
+def uses_native(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether an operator of these inputs runs in kernels/csrc, where it has a version there.
+
+    In bf16 on a CPU that has units for it; not where a gradient is asked for, and not in an export.
+    """
+    if not HAS_NATIVE or first.device.type != "cpu" or _reference_only:
+        return False
+    there = [first, *(t for t in others if t is not None)]
+    if any(t.dtype != torch.bfloat16 for t in there) or torch.compiler.is_exporting():
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in there)
+
+
 def define(
     name: str,
     launch: Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     mutates: tuple[str, ...] = (),
+    on_cpu: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator worldloop::name: Triton on CUDA, the reference on a CPU.
+    """The operator worldloop::name: Triton on CUDA; `on_cpu`, or else the reference, on a CPU.
 
     The schema is read from the annotations of `launch`; `fake` makes empty results.
     """
@@ -112,7 +127,7 @@ def define(
     op = torch.library.custom_op(
         f"worldloop::{name}", on_its_device, mutates_args=mutates, device_types="cuda"
     )
-    op.register_kernel("cpu")(reference)
+    op.register_kernel("cpu")(on_cpu or reference)
     op.register_fake(fake)
     return op
 
@@ -147,8 +162,9 @@ class Case:
 class Op:
     """An operator with everything that a test or a benchmark asks of it.
 
-    reference, launch and custom take the same arguments, those that `Case.make` names.
-    mutates: inputs that are written; they count as results.
+    reference, launch, custom and native take the same arguments, those that `Case.make` names.
+    mutates: inputs that are written; they count as results. native: its version in kernels/csrc,
+    for bf16 on a CPU.
     """
 
     name: str
@@ -157,6 +173,7 @@ class Op:
     custom: Any
     cases: tuple[Case, ...]
     mutates: tuple[str, ...] = ()
+    native: Callable[..., Any] | None = None
 
     def results(self, function: Callable[..., Any], inputs: Mapping[str, Any]) -> list[Tensor]:
         """What a function returns for a copy of the inputs, and the inputs that it wrote."""

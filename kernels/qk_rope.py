@@ -8,11 +8,22 @@ written once, to where attention will read it: token n goes to position start + 
 Shape letters: B rows, N tokens of this call, M tokens of the cache, h heads, K head dimension.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldloop.kernels.op import Case, Op, define, require, tl, triton
+from worldloop.kernels import native
+from worldloop.kernels.op import (
+    Case,
+    Op,
+    define,
+    require,
+    tl,
+    triton,
+    uses_native,
+)
 
 EPS = 1e-6
 
@@ -116,7 +127,26 @@ def launch_qk_rope(
     low: int,
     high: int,
 ) -> Tensor:
+    _check(q_BNhK, k_BNhK, v_BNhK, cos, sin, keys_BMhK, values_BMhK, start, low, high)
     B, N, heads, K = q_BNhK.shape
+    out = torch.empty((B, N, heads, K), dtype=q_BNhK.dtype, device=q_BNhK.device)
+    _qk_rope_kernel[(N, B)](
+        q_BNhK, k_BNhK, v_BNhK, q_weight, k_weight, cos, sin, out, keys_BMhK, values_BMhK,
+        N, heads, K // 2, start, low, high,
+        q_BNhK.stride(0), q_BNhK.stride(1), k_BNhK.stride(0), k_BNhK.stride(1),
+        v_BNhK.stride(0), v_BNhK.stride(1), keys_BMhK.stride(0), keys_BMhK.stride(1),
+        EPS=EPS, HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(K // 2),
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    q_BNhK: Tensor, k_BNhK: Tensor, v_BNhK: Tensor, cos: Tensor, sin: Tensor,
+    keys_BMhK: Tensor, values_BMhK: Tensor, start: int, low: int, high: int,
+) -> None:  # fmt: skip
+    B, N, heads, K = q_BNhK.shape
+    M = keys_BMhK.shape[1]
     cache = (("keys", keys_BMhK), ("values", values_BMhK))
     for name, x in (("q", q_BNhK), ("k", k_BNhK), ("v", v_BNhK), *cache):
         dense = x.stride(3) == 1 and x.stride(2) == K
@@ -131,27 +161,62 @@ def launch_qk_rope(
             good and tuple(table.shape) == (N, K // 2), "qk_rope",
             f"{name} must be a contiguous fp32 [{N},{K // 2}]",
         )  # fmt: skip
-    M = keys_BMhK.shape[1]
     require(
         0 <= low <= start < high <= M and high - low >= N, "qk_rope",
         f"{N} tokens from {start} do not fit into the ring {low}..{high} of a cache of {M}",
     )  # fmt: skip
-    out = torch.empty((B, N, heads, K), dtype=q_BNhK.dtype, device=q_BNhK.device)
-    _qk_rope_kernel[(N, B)](
-        q_BNhK, k_BNhK, v_BNhK, q_weight, k_weight, cos, sin, out, keys_BMhK, values_BMhK,
-        N, heads, K // 2, start, low, high,
-        q_BNhK.stride(0), q_BNhK.stride(1), k_BNhK.stride(0), k_BNhK.stride(1),
-        v_BNhK.stride(0), v_BNhK.stride(1), keys_BMhK.stride(0), keys_BMhK.stride(1),
-        EPS=EPS, HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(K // 2),
-        num_warps=4,
-    )  # fmt: skip
+
+
+def native_qk_rope(
+    q_BNhK: Tensor,
+    k_BNhK: Tensor,
+    v_BNhK: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys_BMhK: Tensor,
+    values_BMhK: Tensor,
+    start: int,
+    low: int,
+    high: int,
+) -> Tensor:
+    """kernels/csrc, bf16."""
+    _check(q_BNhK, k_BNhK, v_BNhK, cos, sin, keys_BMhK, values_BMhK, start, low, high)
+    half = all(t.dtype == torch.bfloat16 for t in (q_BNhK, q_weight, k_weight))
+    require(half, "qk_rope", "kernels/csrc takes bf16, weights as well")
+    out = torch.empty_like(q_BNhK, memory_format=torch.contiguous_format)
+    _norm_rotate_into(out, q_BNhK, q_weight, cos, sin)
+    N = k_BNhK.shape[1]
+    first = min(N, high - start)
+    for into, new in ((start, slice(0, first)), (low, slice(first, N))):
+        place = slice(into, into + new.stop - new.start)
+        _norm_rotate_into(keys_BMhK[:, place], k_BNhK[:, new], k_weight, cos[new], sin[new])
+        values_BMhK[:, place] = v_BNhK[:, new]
     return out
+
+
+def _norm_rotate_into(
+    out_BNhK: Tensor, x_BNhK: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    B, N, heads, K = x_BNhK.shape
+    strides = [t.stride(i) for t in (x_BNhK, out_BNhK) for i in (0, 2, 1)]
+    native.call(
+        "worldloop_norm_rotate_bf16", (x_BNhK, out_BNhK, weight, cos, sin), (EPS,),
+        (heads, N, K, *strides), items=B * N, work=30 * x_BNhK.numel(),
+    )  # fmt: skip
+
+
+def _on_cpu(q_BNhK: Tensor, k_BNhK: Tensor, v_BNhK: Tensor, *others: Any) -> Tensor:
+    q_weight, k_weight, _, _, *cache = others[:6]
+    takes = uses_native(q_BNhK, k_BNhK, v_BNhK, q_weight, k_weight, *cache)
+    return (native_qk_rope if takes else reference_qk_rope)(q_BNhK, k_BNhK, v_BNhK, *others)
 
 
 _qk_rope = define(
     "qk_rope", launch_qk_rope, reference_qk_rope,
     lambda q_BNhK, *others, **options: q_BNhK.new_empty(q_BNhK.shape),
-    mutates=("keys_BMhK", "values_BMhK"),
+    mutates=("keys_BMhK", "values_BMhK"), on_cpu=_on_cpu,
 )  # fmt: skip
 
 
@@ -163,7 +228,9 @@ def qk_rope_behind(
     table: tuple[Tensor, Tensor],
     history: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and keys and values behind their history: what self-attention reads. CUDA only.
+    """Queries, and keys and values behind their history: what self-attention reads.
+
+    Only where `uses_triton` or `uses_native` says so.
 
     weights: of the query and key norms. table: cosine and sine [N,K/2]. history: keys and values
     [B,M,h,K], or None. Returns q [B,N,h,K] and keys, values [B,M+N,h,K], this call's last.
@@ -213,11 +280,14 @@ _CASES = (
     _case("small fp32", (2, 6, 2, 24), 10, torch.float32, 1e-5, start=4),
     _case("small bf16", (2, 5, 3, 16), 7, torch.bfloat16, 1.6e-2, start=2),
     _case("wrapped fp32", (1, 6, 2, 32), 12, torch.float32, 1e-5, start=7, low=2, high=10),
+    _case("wrapped bf16", (1, 6, 2, 64), 12, torch.bfloat16, 1.6e-2, start=7, low=2, high=10),
     _case("tiny fp32", (4, 384, 4, 64), 832, torch.float32, 1e-5, start=448, large=True),
+    _case("tiny bf16", (4, 384, 4, 64), 832, torch.bfloat16, 1.6e-2, start=448, large=True),
     _case("2b bf16", (8, 1536, 16, 128), 4864, torch.bfloat16, 1.6e-2, start=3328, large=True),
     _case("14b wrapped bf16", (1, 1536, 40, 128), 4864, torch.bfloat16, 1.6e-2,
           start=3840, low=256, large=True),
 )  # fmt: skip
 QK_ROPE = Op(
-    "qk_rope", reference_qk_rope, launch_qk_rope, _qk_rope, _CASES, ("keys_BMhK", "values_BMhK")
-)
+    "qk_rope", reference_qk_rope, launch_qk_rope, _qk_rope, _CASES, ("keys_BMhK", "values_BMhK"),
+    native=native_qk_rope,
+)  # fmt: skip

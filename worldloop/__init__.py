@@ -13,28 +13,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 
-def _load_native() -> bool:
-    """Load kernels/csrc, where CMake has built it; True where it takes effect.
+def _load_native() -> ctypes.CDLL | None:
+    """kernels/csrc, where CMake has built it and the processor has AVX-512.
 
-    It must come before torch, whose symbols are bound when it is loaded, and helps only
-    processors with AVX-512. ``WORLDLOOP_NATIVE=0`` leaves it out.
+    ``WORLDLOOP_NATIVE=0`` leaves it out; a path there takes the library of that name.
     """
-    near = Path(__file__).parent
-    found = [p for p in (near / "kernels", near.parent / "kernels") if (p / "_native.so").is_file()]
-    if not found or "torch" in sys.modules or os.environ.get("WORLDLOOP_NATIVE") == "0":
-        return False
+    near, chosen = Path(__file__).parent, os.environ.get("WORLDLOOP_NATIVE", "")
+    places = [near / "kernels" / "_native.so", near.parent / "kernels" / "_native.so"]
+    found = [p for p in ([Path(chosen)] if chosen else places) if p.is_file()]
     processor = Path("/proc/cpuinfo")
-    if not processor.is_file() or " avx512f " not in processor.read_text(encoding="utf-8"):
-        return False
+    if not found or not processor.is_file():
+        return None
+    if " avx512f " not in processor.read_text(encoding="utf-8"):
+        return None
     try:
-        ctypes.CDLL(str(found[0] / "_native.so"), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:  # half built, or of another machine: slower, not broken
         print(f"worldloop: kernels/csrc is left out: {error}", file=sys.stderr)
-        return False
-    return True
+        return None
 
 
+# torch's symbols are bound when it is loaded: what stands in MKL's place must be there before.
+mkl_answered = "torch" not in sys.modules
 native = _load_native()
+mkl_answered = mkl_answered and native is not None
 
 if TYPE_CHECKING:
     from worldloop.engine.rollout import RolloutEngine

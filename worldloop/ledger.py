@@ -93,7 +93,7 @@ def code_sha256() -> str:
             folders.append(Path(next(iter(spec.submodule_search_locations))))
     found: dict[str, str] = {}
     for name, folder in zip(("worldloop", *ROOMS), folders):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.c"))):
             found[f"{name}/{path.relative_to(folder)}"] = file_sha256(path)
     return text_sha256(found)
 

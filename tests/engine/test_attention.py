@@ -34,7 +34,7 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(reference(q, k, v)[0, 0, i], expected)
 
 
-@pytest.mark.parametrize("name", ["auto", "products", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["auto", "products", "sdpa", "triton", "native"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)]
 )

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HAS_AVX512 = " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+PROCESSOR = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+HAS_AVX512, HAS_BF16 = (f" {name} " in PROCESSOR for name in ("avx512f", "avx512_bf16"))
 PRODUCTS = """
 import json, sys
 {first}
@@ -22,24 +23,34 @@ q, k = torch.randn(2, 4, 64, 64), torch.randn(2, 4, 200, 64)
 plain = x @ w.T
 attention = torch.nn.functional.scaled_dot_product_attention(q, k, k)
 exact = (x.double() @ w.double().T).float()
-print(json.dumps([worldloop.native, plain[::50, ::50].tolist(), attention[:, :, ::30, 0].tolist(),
-                  float((plain - exact).abs().max())]))
+print(json.dumps([
+    worldloop.mkl_answered, plain[::50, ::50].tolist(), attention[:, :, ::30, 0].tolist(),
+    float((plain - exact).abs().max()),
+]))
 """
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """worldloop's front door with the library beside it, as CMake leaves it in a checkout."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """kernels/csrc as CMake builds it, without a warning."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler here; kernels/csrc is for those who have one")
+    sources = sorted((ROOT / "kernels" / "csrc").glob("*.c"))
+    built = tmp_path_factory.mktemp("library") / "_native.so"
+    flags = ["-O3", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, "-o", built, *sources], check=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def package(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """worldloop's front door with the library beside it, as CMake leaves it in a checkout."""
     root = tmp_path_factory.mktemp("native")
     for folder in ("worldloop", "kernels"):
         (root / folder).mkdir()
     shutil.copy(ROOT / "worldloop" / "__init__.py", root / "worldloop")
-    sources = sorted((ROOT / "kernels" / "csrc").glob("*.c"))
-    built = root / "kernels" / "_native.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", built, *sources], check=True)
+    shutil.copy(library, root / "kernels")
     return root
 
 
@@ -63,3 +74,80 @@ def test_products_stay_what_they_are(package):
 
 def test_it_says_when_it_came_too_late(package):
     assert run(package, first="import torch")[0] is False
+
+
+OPERATORS = """
+import json, torch
+from worldloop.engine.attention import attend
+from worldloop.engine.dit import DiT
+from worldloop.engine.dit_config import DiTConfig
+from worldloop.kernels.cases import OPS, load_op
+from worldloop.kernels.native import HAS_NATIVE
+from worldloop.kernels.op import reference_only
+from worldloop.kernels.attention import native_takes
+
+torch.set_num_threads({threads})
+cpu, errors = torch.device("cpu"), {{}}
+for op in map(load_op, OPS):
+    for case in op.cases if op.native and HAS_NATIVE else ():
+        if "bf16" in case.name and case.bytes < 16e6:
+            inputs = case.make(cpu)
+            error = max(op.error_of(f, inputs) for f in (op.native, op.custom))
+            errors[f"{{op.name}}, {{case.name}}"] = [error, case.tolerance]
+
+q, k, v = (torch.randn(2, n, 3, 64).bfloat16().transpose(1, 2) for n in (7, 70, 70))
+learns = q.clone().requires_grad_()
+routes = [native_takes(q, k, v), native_takes(learns, k, v), native_takes(q.float(), k, v)]
+with torch.no_grad():
+    routes.append(native_takes(learns, k, v))
+with reference_only():
+    routes.append(native_takes(q, k, v))
+attend(learns, k, v).sum().backward()
+hurt = v.clone()
+hurt[1, 2, 5, 3] = torch.nan
+broken = torch.isnan(attend(q, k, hurt))
+
+config = DiTConfig(width=128, depth=2, heads=2, action_dim=7, action_layout="per_frame")
+network = DiT(config).eval()
+for p in network.parameters():
+    torch.nn.init.normal_(p, std=0.05)
+def run(x, **more):
+    frames = x.shape[2]
+    return network(x, torch.full((2,), 0.3), torch.ones(2, 4 * frames, 7), **more)
+passes = []
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(2, 16, 5, 8, 8)
+    def generate():
+        history = run(x[:, :, :3]).kv
+        return run(x[:, :, 3:], first_frame=3, history=history).sample.float()
+    found = generate()
+    with reference_only():
+        plain = generate()
+with torch.inference_mode(), reference_only():
+    exact = run(x[:, :, 3:], first_frame=3, history=run(x[:, :, :3]).kv).sample
+def apart(a):
+    return float((a - exact).norm() / exact.norm())
+print(json.dumps([HAS_NATIVE, errors, routes, learns.grad is not None,
+                  broken.nonzero().tolist(), [apart(found), apart(plain)]]))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_operators_equal_their_references(library, threads):
+    env = {**os.environ, "WORLDLOOP_NATIVE": str(library)}
+    code = OPERATORS.format(threads=threads)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=library.parent
+    )
+    assert done.returncode == 0, done.stderr
+    has, errors, routes, learns, broken, apart = json.loads(done.stdout)
+    assert has is HAS_BF16
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
+    assert len(errors) == (7 if has else 0)
+    # bf16 without a gradient, and only there; a gradient takes another way
+    assert routes == [has, False, False, has, False]
+    assert learns
+    # A value that is not a number reaches every query of its head and channel, and nothing else.
+    assert broken == [[1, 2, query, 3] for query in range(7)]
+    # A pass with history is as near to fp32 as plain torch's in bf16.
+    assert apart[0] < 1.5 * apart[1] < 0.05
