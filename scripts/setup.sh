@@ -10,7 +10,8 @@ title=setup
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # Ready?  The stamp holds what the environment was made from, and where.
-want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup.sh; pwd; } | sha256sum | cut -d' ' -f1)
+want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup.sh CMakeLists.txt kernels/csrc/*; \
+  pwd; } | sha256sum | cut -d' ' -f1)
 if [ -x "$VENV/bin/worldloop" ] && [ "$(cat "$VENV/.worldloop" 2>/dev/null)" = "$want" ]; then
   exit 0
 fi
@@ -44,5 +45,11 @@ pip install -q -c constraints.txt setuptools wheel
 pip install -q -c constraints.txt "$(grep '^torch==' constraints.txt)"
 say "installing worldloop and what it needs"
 pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+if command -v cmake >/dev/null && command -v cc >/dev/null; then
+  say "building kernels/csrc"
+  cmake -S . -B build -DWORLDLOOP_PYTHON="$PWD/$VENV/bin/python" >/dev/null && cmake --build build >/dev/null || say "kernels/csrc is left out: see above"
+else
+  say "kernels/csrc is left out: needs cmake and a C compiler; slower on CPUs with AVX-512, no less complete"
+fi
 echo "$want" > "$VENV/.worldloop"
 say "ready: $VENV/bin/worldloop"
