@@ -10,9 +10,9 @@ reference (`kernels.attention.reference_attention`).
     triton     our kernel, worldloop.kernels.attention
     native     its version in kernels/csrc, for bf16 on CPUs
 
-`auto` without a measurement takes, for bf16 on a CPU, `sdpa` where the CPU has AMX, else `native`
-where it is built, else `products`, and with a backward pass always `products`; elsewhere `sdpa`.
-flash, xformers, triton and native have no backward pass here: they are for inference.
+`auto` without a measurement takes, for bf16 on a CPU, `sdpa` where the CPU has AMX and there is no
+backward pass, else `native` where it is built, else `products`; elsewhere `sdpa`. flash, xformers
+and triton have no backward pass here: they are for inference.
 
 Shape letters: B rows, h heads, N queries, M keys, K head dimension.
 """
@@ -156,9 +156,10 @@ def attend(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, implementation: str =
         # With AMX torch's forward pass takes half the time of the products (a quarter for 832
         # keys), its backward pass three times as long.
         learns = torch.is_grad_enabled() and (q_BhNK.requires_grad or k_BhMK.requires_grad)
-        implementation = "products" if bf16_on_cpu and (learns or not HAS_AMX) else "sdpa"
-        if implementation == "products" and native_takes(q_BhNK, k_BhMK, v_BhMK):
-            implementation = "native"
+        implementation = "sdpa"
+        if bf16_on_cpu and (learns or not HAS_AMX):
+            takes = native_takes(q_BhNK, k_BhMK, v_BhMK)
+            implementation = "native" if takes else "products"
     return _IMPLEMENTATIONS[implementation](q_BhNK, k_BhMK, v_BhMK)
 
 

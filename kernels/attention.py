@@ -107,8 +107,8 @@ def launch_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     _check(q_BhNK, k_BhMK, v_BhMK)
     B, heads, N, K = q_BhNK.shape
     M = k_BhMK.shape[2]
-    out = torch.empty(B, N, heads, K, dtype=q_BhNK.dtype, device=q_BhNK.device).transpose(1, 2)
-    strides = [s for t in (q_BhNK, k_BhMK, v_BhMK, out) for s in t.stride()[:3]]
+    out = _like_tokens(q_BhNK)
+    strides = _strides(q_BhNK, k_BhMK, v_BhMK, out)
     # The interpreter multiplies bf16 as raw bits: its operands have to be fp32.
     wide = q_BhNK.dtype == torch.float32 or (INTERPRETED and q_BhNK.dtype == torch.bfloat16)
     _attention_kernel[lambda meta: (triton.cdiv(N, meta["BLOCK_N"]), B * heads)](
@@ -131,46 +131,107 @@ def _check(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> None:
     require(M > 0, "attention", "there are no keys")
 
 
-def native_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
-    """kernels/csrc, bf16; the result lies as [B,N,h,K] in memory."""
+_attention = define(
+    "attention", launch_attention, reference_attention,
+    lambda q_BhNK, k_BhMK, v_BhMK: _like_tokens(q_BhNK),
+)  # fmt: skip
+
+
+# kernels/csrc ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("worldloop::native_attention", mutates_args=(), device_types="cpu")
+def _native(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and of each query what the backward pass makes its weights from, [B,h,N,2]."""
     _check(q_BhNK, k_BhMK, v_BhMK)
     B, h, N, K = q_BhNK.shape
     M = k_BhMK.shape[2]
     require(q_BhNK.dtype == torch.bfloat16, "attention", "kernels/csrc takes bf16")
-    require(K % 2 == 0, "attention", f"{K} channels a head; the CPU multiplies them in pairs")
-    out = _shape(q_BhNK, k_BhMK, v_BhMK)
-    strides = [s for t in (q_BhNK, k_BhMK, v_BhMK, out) for s in t.stride()[:3]]
+    require(K % 2 == 0, "attention", f"{K} channels a head; kernels/csrc takes them in pairs")
+    out, stats = _native_shape(q_BhNK, k_BhMK, v_BhMK)
     native.call(
-        "worldloop_attention_bf16", (q_BhNK, k_BhMK, v_BhMK, out), (), (h, N, M, K, *strides),
+        "worldloop_attention_bf16", (q_BhNK, k_BhMK, v_BhMK, out, stats), (),
+        (h, N, M, K, *_strides(q_BhNK, k_BhMK, v_BhMK, out)),
         items=B * h, work=4 * B * h * N * M * K,
     )  # fmt: skip
-    return out
+    return out, stats
 
 
-def _on_cpu(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
-    chosen = native_attention if native_takes(q_BhNK, k_BhMK, v_BhMK) else reference_attention
-    return chosen(q_BhNK, k_BhMK, v_BhMK)
-
-
-def _shape(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "worldloop::native_attention_backward", mutates_args=(), device_types="cpu"
+)
+def _native_backward(
+    q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, out: Tensor, grad: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     B, h, N, K = q_BhNK.shape
-    return q_BhNK.new_empty(B, N, h, K).transpose(1, 2)
+    M = k_BhMK.shape[2]
+    grad = grad.to(q_BhNK.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # it may be expanded
+    dq, dk, dv = (_like_tokens(t) for t in (q_BhNK, k_BhMK, v_BhMK))
+    native.call(
+        "worldloop_attention_backward_bf16",
+        (q_BhNK, k_BhMK, v_BhMK, out, grad, stats, dq, dk, dv), (),
+        (h, N, M, K, *_strides(q_BhNK, k_BhMK, v_BhMK, out, grad, dq, dk, dv)),
+        items=B * h, work=10 * B * h * N * M * K,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
-_attention = define("attention", launch_attention, reference_attention, _shape, on_cpu=_on_cpu)
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def _like_tokens(x_BhNK: Tensor) -> Tensor:
+    """Empty, as [B,N,h,K] in memory."""
+    B, h, N, K = x_BhNK.shape
+    return x_BhNK.new_empty(B, N, h, K).transpose(1, 2)
+
+
+@_native.register_fake
+def _native_shape(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> tuple[Tensor, Tensor]:
+    return _like_tokens(q_BhNK), q_BhNK.new_empty((*q_BhNK.shape[:3], 2), dtype=torch.float32)
+
+
+@_native_backward.register_fake
+def _native_backward_shape(
+    q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, out: Tensor, grad: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_tokens(q_BhNK), _like_tokens(k_BhMK), _like_tokens(v_BhMK)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, stats = ctx.saved_tensors
+    return _native_backward(q, k, v, out, grad, stats)
+
+
+_native.register_autograd(_backward, setup_context=_setup)
+
+
+def native_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
+    """kernels/csrc: bf16 on a CPU, with its own backward pass (once)."""
+    out: Tensor = _native(q_BhNK, k_BhMK, v_BhMK)[0]
+    return out
 
 
 def native_takes(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> bool:
     """Whether `attention` of these inputs runs in kernels/csrc."""
-    dense = all(t.stride(-1) == 1 for t in (q_BhNK, k_BhMK, v_BhMK))
-    return dense and q_BhNK.shape[-1] % 2 == 0 and uses_native(q_BhNK, k_BhMK, v_BhMK)
+    tensors = (q_BhNK, k_BhMK, v_BhMK)
+    fits = q_BhNK.shape[-1] % 2 == 0 and all(t.stride(-1) == 1 for t in tensors)
+    return fits and uses_native(*tensors, differentiable=True)
 
 
 def attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, [B,h,N,K]; fp32, fp16 or bf16."""
-    if uses_triton(q_BhNK, k_BhMK, v_BhMK) or native_takes(q_BhNK, k_BhMK, v_BhMK):
+    if uses_triton(q_BhNK, k_BhMK, v_BhMK):
         out: Tensor = _attention(q_BhNK, k_BhMK, v_BhMK)
         return out
+    if native_takes(q_BhNK, k_BhMK, v_BhMK):
+        return native_attention(q_BhNK, k_BhMK, v_BhMK)
     return reference_attention(q_BhNK, k_BhMK, v_BhMK)
 
 

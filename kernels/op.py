@@ -92,17 +92,20 @@ def uses_triton(first: Tensor, *others: Tensor | None, differentiable: bool = Fa
     return not any(t is not None and t.requires_grad for t in (first, *others))
 
 
-def uses_native(first: Tensor, *others: Tensor | None) -> bool:
+def uses_native(first: Tensor, *others: Tensor | None, differentiable: bool = False) -> bool:
     """Whether an operator of these inputs runs in kernels/csrc, where it has a version there.
 
-    In bf16 on a CPU that has units for it; not where a gradient is asked for, and not in an export.
+    In bf16 on a CPU that has units for it; not where a gradient is asked for (unless
+    `differentiable`), and not in an export.
     """
     if not HAS_NATIVE or first.device.type != "cpu" or _reference_only:
         return False
     there = [first, *(t for t in others if t is not None)]
     if any(t.dtype != torch.bfloat16 for t in there) or torch.compiler.is_exporting():
         return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in there)
+    if differentiable or not torch.is_grad_enabled():
+        return True
+    return not any(t.requires_grad for t in there)
 
 
 def define(

@@ -78,13 +78,13 @@ def test_it_says_when_it_came_too_late(package):
 
 OPERATORS = """
 import json, torch
-from worldloop.engine.attention import attend
+from worldloop.engine.attention import _products, attend
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.kernels.cases import OPS, load_op
 from worldloop.kernels.native import HAS_NATIVE
-from worldloop.kernels.op import reference_only
-from worldloop.kernels.attention import native_takes
+from worldloop.kernels.op import reference_only, uses_native
+from worldloop.kernels.attention import native_attention, native_takes, reference_attention
 
 torch.set_num_threads({threads})
 cpu, errors = torch.device("cpu"), {{}}
@@ -97,12 +97,28 @@ for op in map(load_op, OPS):
 
 q, k, v = (torch.randn(2, n, 3, 64).bfloat16().transpose(1, 2) for n in (7, 70, 70))
 learns = q.clone().requires_grad_()
-routes = [native_takes(q, k, v), native_takes(learns, k, v), native_takes(q.float(), k, v)]
-with torch.no_grad():
-    routes.append(native_takes(learns, k, v))
+routes = [native_takes(q, k, v), native_takes(learns, k, v), uses_native(learns), uses_native(q),
+          native_takes(q.float(), k, v)]
 with reference_only():
     routes.append(native_takes(q, k, v))
-attend(learns, k, v).sum().backward()
+
+def gradients(function, tensors, weight):
+    own = [t.detach().requires_grad_() for t in tensors]
+    return torch.autograd.grad((function(*own).float() * weight).sum(), own)
+
+slopes = []  # [ours, plain torch's in bf16] of each gradient: distance from fp32, by norm
+for B, h, N, M, K in ((2, 3, 7, 5, 18), (1, 2, 101, 67, 80), (2, 2, 200, 130, 32)):
+    half = [torch.randn(B, n, h, K).bfloat16().transpose(1, 2) for n in (N, M, M)]
+    weight = torch.randn(B, h, N, K)
+    exact = gradients(reference_attention, [t.float() for t in half], weight)
+    for function in (native_attention, _products) if HAS_NATIVE else ():
+        found = gradients(function, half, weight)
+        slopes.append([float((a - b).norm() / b.norm()) for a, b in zip(found, exact)])
+if HAS_NATIVE:
+    one = [torch.randn(1, 1, 1, 64).bfloat16() for _ in range(3)]
+    summed = gradients(native_attention, one, torch.ones(()))[2]  # its gradient is expanded
+    slopes.append(float((summed - 1).abs().max()))
+
 hurt = v.clone()
 hurt[1, 2, 5, 3] = torch.nan
 broken = torch.isnan(attend(q, k, hurt))
@@ -127,8 +143,8 @@ with torch.inference_mode(), reference_only():
     exact = run(x[:, :, 3:], first_frame=3, history=run(x[:, :, :3]).kv).sample
 def apart(a):
     return float((a - exact).norm() / exact.norm())
-print(json.dumps([HAS_NATIVE, errors, routes, learns.grad is not None,
-                  broken.nonzero().tolist(), [apart(found), apart(plain)]]))
+print(json.dumps([HAS_NATIVE, errors, routes, slopes, broken.nonzero().tolist(),
+                  [apart(found), apart(plain)]]))
 """
 
 
@@ -140,13 +156,16 @@ def test_operators_equal_their_references(library, threads):
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=library.parent
     )
     assert done.returncode == 0, done.stderr
-    has, errors, routes, learns, broken, apart = json.loads(done.stdout)
+    has, errors, routes, slopes, broken, apart = json.loads(done.stdout)
     assert has is HAS_BF16
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
     assert len(errors) == (7 if has else 0)
-    # bf16 without a gradient, and only there; a gradient takes another way
-    assert routes == [has, False, False, has, False]
-    assert learns
+    # bf16 alone; with a gradient where an operator has a backward pass
+    assert routes == [has, has, False, has, False, False]
+    if has:
+        assert slopes.pop() == 0
+        for ours, plain in zip(slopes[::2], slopes[1::2], strict=True):
+            assert all(a < 1.1 * b + 1e-3 < 1e-2 for a, b in zip(ours, plain, strict=True))
     # A value that is not a number reaches every query of its head and channel, and nothing else.
     assert broken == [[1, 2, query, 3] for query in range(7)]
     # A pass with history is as near to fp32 as plain torch's in bf16.
