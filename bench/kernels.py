@@ -3,10 +3,10 @@
 On a GPU three arms take turns on each case: the Triton kernel, the reference in plain torch, and
 the reference under torch.compile; inputs come from memory (the L2 cache is overwritten before
 each repeat). Elsewhere the reference is timed and, for bf16, the operator's version in
-kernels/csrc where there is one. Correctness comes first:
-an arm whose error against the reference in fp32 exceeds the case's tolerance gets no time, and
-the exit code is 1. The floor is max(bytes / copy rate, FLOPs / matrix-product rate), both measured
-in the same run; a small case can beat it on a CPU, whose caches hold it.
+kernels/csrc where there is one. Correctness comes first: an arm whose error against the reference
+in fp32 exceeds the case's tolerance gets no time, and the exit code is 1. The floor is
+max(bytes / copy rate, FLOPs / matrix-product rate in the case's dtype), both measured in the same
+run; a small case can beat it on a CPU, whose caches hold it.
 """
 
 from __future__ import annotations
@@ -53,16 +53,19 @@ class KernelBench:
             raise UserError(f"op is {self.op!r}; known: {', '.join(OPS)}")
 
 
+def products_of(inputs: dict[str, Any]) -> torch.dtype:
+    """The dtype whose matrix products bound an operator of these inputs."""
+    half = any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in inputs.values())
+    return torch.bfloat16 if half else torch.float32
+
+
 def arms_of(
     op: Op, inputs: dict[str, Any], device: torch.device, compiled: bool
 ) -> dict[str, Callable[..., Any]]:
     """Functions of the same arguments, by the name of their implementation."""
     if device.type != "cuda":
         arms = {"reference": op.reference}
-        half = any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in inputs.values()
-        )
-        if op.native is not None and HAS_NATIVE and half:
+        if op.native is not None and HAS_NATIVE and products_of(inputs) == torch.bfloat16:
             arms["native"] = op.native
         return arms
     arms = {"triton": op.custom} if HAS_TRITON else {}
@@ -87,6 +90,7 @@ def time_case(
         passed = error <= case.tolerance
         rows.append({
             "op": op.name, "case": case.name, "implementation": name,
+            "dtype": timing.dtype_name(products_of(inputs)),
             "bytes": case.bytes, "flops": case.flops,
             "error": error, "tolerance": case.tolerance, "passed": passed,
         })  # fmt: skip
@@ -102,11 +106,12 @@ def time_case(
     return rows
 
 
-def beside_floor(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+def beside_floor(row: dict[str, Any], ceilings: dict[str, Ceilings]) -> dict[str, Any]:
     """The row with its floor in seconds, what share of it its median reaches, and its rate."""
     if not row["passed"]:
         return row
-    floor = max(row["bytes"] / ceilings.copy, row["flops"] / ceilings.gemm)
+    own = ceilings[row["dtype"]]
+    floor = max(row["bytes"] / own.copy, row["flops"] / own.gemm)
     share, rate = floor / row["p50_s"], row["bytes"] / row["p50_s"] / 1e9
     return {**row, "floor_s": floor, "share_of_floor": share, "gb_per_s": rate}
 
@@ -119,8 +124,8 @@ def bench(config: KernelBench) -> dict[str, Any]:
     """Measure; the document that is written."""
     torch.set_num_threads(config.threads)
     device = timing.device_of(config.device)
-    dtype = timing.dtype_of(None, device)
-    ceilings = Ceilings(dtype, device).measure()
+    both = (torch.float32, torch.bfloat16)
+    ceilings = {timing.dtype_name(dtype): Ceilings(dtype, device).measure() for dtype in both}
     rows: list[dict[str, Any]] = []
     left_out = []
     for name in [config.op] if config.op else OPS:
@@ -132,9 +137,11 @@ def bench(config: KernelBench) -> dict[str, Any]:
                 rows += time_case(op, case, device, config)
             else:
                 left_out.append(f"{op.name}, {case.name}")
-        ceilings.measure()
+        for ceiling in ceilings.values():
+            ceiling.measure()
     rows = [beside_floor(row, ceilings) for row in rows]
-    values = {"ceilings": ceilings.to_dict(), "rows": rows, "left_out": left_out}
+    found = [ceiling.to_dict() for ceiling in ceilings.values()]
+    values = {"ceilings": found, "rows": rows, "left_out": left_out}
     return timing.document("kernels", config, device, config.threads, values, ["triton"])
 
 
@@ -171,7 +178,7 @@ def main(argv: list[str]) -> int:
     found = bench(config)
     path = timing.write(config.out, f"kernels-{config.op}" if config.op else "kernels", found)
     print(*map(line, found["rows"]), sep="\n")
-    c = found["ceilings"]
-    print(f"ceilings: copy {c['copy_gb_per_s']:.1f} GB/s, {c['dtype']} products "
-          f"{c['gemm_tflops']:.3g} TFLOP/s; {path}")  # fmt: skip
+    products = ", ".join(f"{c['dtype']} {c['gemm_tflops']:.3g} TFLOP/s" for c in found["ceilings"])
+    copy = max(c["copy_gb_per_s"] for c in found["ceilings"])
+    print(f"ceilings: copy {copy:.1f} GB/s, products {products}; {path}")
     return int(not all(row["passed"] for row in found["rows"]))

@@ -71,7 +71,7 @@ def test_a_wrong_result_gets_no_time() -> None:
     config = KernelBench(repeats=2, rounds=2, device="cpu")
     (row,) = time_case(op, case, CPU, config)
     assert row["passed"] and row["p50_s"] > 0 and row["repeats"] == 4
-    slow = Ceilings(torch.float32, CPU, gemm=1e12, copy=case.bytes / row["p50_s"])
+    slow = {"float32": Ceilings(torch.float32, CPU, gemm=1e12, copy=case.bytes / row["p50_s"])}
     assert beside_floor(row, slow)["share_of_floor"] == pytest.approx(1)
     wrong = dataclasses.replace(op, reference=Perturbed(op.reference))
     (row,) = time_case(wrong, case, CPU, config)
@@ -96,14 +96,24 @@ def test_the_page_has_every_case() -> None:
     assert floors_table(copy=4.3e12, gemm=790e12) in page
 
 
-def test_arms_on_a_cpu() -> None:
-    assert list(arms_of(load_op("gated_norm"), CPU, True)) == ["reference"]
+@pytest.mark.parametrize("built", [True, False])
+def test_arms_on_a_cpu(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """kernels/csrc is an arm where it is built, for bf16 and operators that have a version there."""
+    monkeypatch.setattr("worldloop.bench.kernels.HAS_NATIVE", built)
+    for name in ("gated_norm", "attention"):
+        op = load_op(name)
+        for case in op.cases:
+            if not case.large:
+                native = built and name == "attention" and "bf16" in case.name
+                expected = ["reference", "native"] if native else ["reference"]
+                assert list(arms_of(op, case.make(CPU), CPU, True)) == expected
 
 
 def test_document_and_options(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench(KernelBench(op="flow_x0", repeats=2, rounds=1, threads=1, device="cpu"))
     assert {row["case"] for row in found["rows"]} == {"2b bf16"} and not found["left_out"]
-    assert found["ceilings"]["copy_gb_per_s"] > 0 and found["commit"]
+    assert [c["dtype"] for c in found["ceilings"]] == ["float32", "bfloat16"]
+    assert all(c["copy_gb_per_s"] > 0 for c in found["ceilings"]) and found["commit"]
     with pytest.raises(UserError, match="op is 'solver-step'"):
         KernelBench(op="solver-step")
     options = ["--op", "solver_step", "--out", str(tmp_path), "--repeats", "1", "--rounds", "1"]
