@@ -52,7 +52,11 @@ INLINE __m512 load(const uint16_t *x, __mmask16 inside) {
 }
 
 INLINE void store(uint16_t *to, __mmask16 inside, __m512 x) {
-    _mm256_mask_storeu_epi16(to, inside, (__m256i)_mm512_cvtneps_pbh(x));
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+    if (inside == 0xffff)
+        _mm256_storeu_si256((__m256i *)to, half);
+    else /* a masked store of half words takes AMD's processors dozens of cycles */
+        _mm256_mask_storeu_epi16(to, inside, half);
 }
 
 /* ------------------------------------------------------------------------------- attention
