@@ -49,7 +49,7 @@ class FineTune:
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What every round of a loop does; the defaults are preset `tiny`."""
+    """What every round of a loop does."""
 
     true: TrueEnv = field(default_factory=lambda: TrueEnv("PushCube-v1"))
     recorded: bool = False
@@ -116,8 +116,18 @@ class RoundConfig:
 
 PRESETS: dict[str, tuple[str, RoundConfig]] = {
     "tiny": (
-        "the shipped tiny models on two CPU cores, PushCube",
-        RoundConfig(),
+        "the shipped tiny models on PushCube, less than an hour a round on one CPU core",
+        RoundConfig(
+            true=TrueEnv("PushCube-v1", horizon=48),
+            start="last", episodes=300, starts=600, evaluations=600,
+            fine_tune=FineTune(
+                steps=700, lr=6e-4, lr_vectors=3e-4, save_every=50, object_head_steps=1000
+            ),
+            grpo=replace(
+                RoundConfig.grpo, steps=64, likely_mixed=True, keep_every=16,
+                alarm=AlarmConfig(every=16, episodes=32),
+            ),
+        ),
     ),
     "smoke": (
         "the same in a few minutes, to see every stage once",

@@ -98,7 +98,7 @@ def test_the_page_has_every_case() -> None:
 
 @pytest.mark.parametrize("built", [True, False])
 def test_arms_on_a_cpu(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
-    """kernels/csrc is an arm where it is built, for bf16 and operators that have a version there."""
+    """kernels/csrc is an arm where it is built, for bf16 and what has a version there."""
     monkeypatch.setattr("worldloop.bench.kernels.HAS_NATIVE", built)
     for name in ("gated_norm", "attention"):
         op = load_op(name)

@@ -170,10 +170,11 @@ def test_status_names_success_time_frames_and_what_is_next(finished, capsys):
 
 def test_the_facade_and_presets():
     assert worldloop.Loop is Loop and worldloop.RoundConfig is RoundConfig
-    assert PRESETS["tiny"][1] == RoundConfig(), "a bare config is the tiny loop"
-    assert RoundConfig().grpo.alarm.every > 0, "and has its alarm"
-    for _, config in PRESETS.values():
+    for config in (RoundConfig(), *(config for _, config in PRESETS.values())):
         assert config.grpo.alarm.every > 0 and config.true.env == "PushCube-v1"
+    tiny = PRESETS["tiny"][1]
+    assert not tiny.grpo.steps % tiny.grpo.alarm.every, "the last policy is checked, too"
+    assert tiny.true.horizon == tiny.grpo.horizon and tiny.starts and tiny.start == "last"
 
 
 def test_the_success_rule_is_fitted_on_the_rounds_own_episodes(finished, tmp_path, monkeypatch):
