@@ -1,8 +1,9 @@
-"""Full (unmasked) attention forward: softmax(q k^T / sqrt(K)) v without storing the scores.
+"""Full (unmasked) attention, softmax(q k^T / sqrt(K)) v, without storing the scores.
 
-Flash attention's recurrence: keys pass in blocks, each query row keeps its running maximum, its
-running sum and its weighted values. Queries see every key, which is all that block-causal
-generation with a cache needs. Bytes: q, k, v and the result once; FLOPs: 4 N M K a head and row.
+On CUDA forward alone, on CPUs in bf16 with a backward pass (kernels/csrc). Flash attention's
+recurrence: keys pass in blocks, each query row keeps its running maximum, its running sum and its
+weighted values. Queries see every key, which is all that block-causal generation with a cache
+needs. Bytes: q, k, v and the result once; FLOPs: 4 N M K a head and row.
 
 Shape letters: B rows, h heads, N queries, M keys, K head dimension.
 """
@@ -140,8 +141,7 @@ _attention = define(
 # kernels/csrc ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("worldloop::native_attention", mutates_args=(), device_types="cpu")
-def _native(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and of each query what the backward pass makes its weights from, [B,h,N,2]."""
     _check(q_BhNK, k_BhMK, v_BhMK)
     B, h, N, K = q_BhNK.shape
@@ -157,12 +157,19 @@ def _native(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> tuple[Tensor, Ten
     return out, stats
 
 
+_native = torch.library.custom_op(
+    "worldloop::native_attention", _forward, mutates_args=(), device_types="cpu"
+)
+
+
 @torch.library.custom_op(
     "worldloop::native_attention_backward", mutates_args=(), device_types="cpu"
 )
 def _native_backward(
     q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor, out: Tensor, grad: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q_BhNK, k_BhMK, v_BhMK)
+    require(out.stride(-1) == 1 and stats.is_contiguous(), "attention", "not its own results")
     B, h, N, K = q_BhNK.shape
     M = k_BhMK.shape[2]
     grad = grad.to(q_BhNK.dtype)
@@ -214,15 +221,21 @@ _native.register_autograd(_backward, setup_context=_setup)
 
 def native_attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:
     """kernels/csrc: bf16 on a CPU, with its own backward pass (once)."""
-    out: Tensor = _native(q_BhNK, k_BhMK, v_BhMK)[0]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BhNK, k_BhMK, v_BhMK))
+    # The operator is for autograd and torch.compile; its first call imports a second's worth.
+    plain = not learns and not torch.compiler.is_compiling()
+    out: Tensor = (_forward if plain else _native)(q_BhNK, k_BhMK, v_BhMK)[0]
     return out
 
 
 def native_takes(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> bool:
     """Whether `attention` of these inputs runs in kernels/csrc."""
     tensors = (q_BhNK, k_BhMK, v_BhMK)
-    fits = q_BhNK.shape[-1] % 2 == 0 and all(t.stride(-1) == 1 for t in tensors)
-    return fits and uses_native(*tensors, differentiable=True)
+    if not uses_native(*tensors, differentiable=True) or q_BhNK.ndim != 4 or k_BhMK.ndim != 4:
+        return False
+    (B, h, _, K), M = q_BhNK.shape, k_BhMK.shape[2]
+    alike = k_BhMK.shape == v_BhMK.shape == (B, h, M, K)
+    return alike and M > 0 and K % 2 == 0 and all(t.stride(-1) == 1 for t in tensors)
 
 
 def attention(q_BhNK: Tensor, k_BhMK: Tensor, v_BhMK: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -17,20 +17,17 @@ from torch import Tensor
 
 import worldloop
 
-__all__ = ["HAS_NATIVE", "call", "strides"]
+__all__ = ["HAS_NATIVE", "call"]
+
+ABI = 2  # of the functions below, as in avx512_bf16.c: a library of other signatures is left alone
 
 HAS_NATIVE = (
     worldloop.native is not None
-    and hasattr(worldloop.native, "worldloop_has_avx512_bf16")  # not of an older build
-    and bool(worldloop.native.worldloop_has_avx512_bf16())
+    and hasattr(worldloop.native, "worldloop_bf16_abi")
+    and worldloop.native.worldloop_bf16_abi() == ABI  # 0 on a processor without the instructions
 )
 
 _LEAST_WORK = 1e7  # FLOPs that are worth another thread: it takes about 50 us to wake
-
-
-def strides(tensor: Tensor, row: int, head: int, token: int) -> tuple[int, int, int]:
-    """The C struct Strides, from the dimensions that are rows, heads and tokens."""
-    return tensor.stride(row), tensor.stride(head), tensor.stride(token)
 
 
 def call(
@@ -50,20 +47,26 @@ def call(
     arguments += [ctypes.c_float(x) for x in numbers]
     arguments.append((ctypes.c_int64 * len(shape))(*shape))
 
-    def part(first: int, last: int) -> int:
-        # The interpreter's lock is not held meanwhile.
+    def part(first: int, last: int, alive: tuple[Tensor, ...] = tensors) -> int:
+        # The interpreter's lock is not held meanwhile. A part that outlives an interrupted caller
+        # still owns what it writes.
         found: int = function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
         return found
 
     parts = min(torch.get_num_threads(), items) if work >= _LEAST_WORK else 1
     ends = [items * i // parts for i in range(parts + 1)]
-    # A thread pool does not survive a fork: one for each process.
-    others = [
-        _pool(parts - 1, os.getpid()).submit(part, *pair)
-        for pair in zip(ends[1:-1], ends[2:], strict=True)
-    ]
-    codes = [part(0, ends[1]), *(other.result() for other in others)]
-    for code in codes:
+    others: list[Future[int]] = []
+    codes = []
+    try:
+        for first, last in zip(ends[1:-1], ends[2:], strict=True):
+            try:
+                others.append(_pool(os.getpid()).submit(part, first, last))
+            except RuntimeError:  # no thread is to be had, as when the interpreter ends
+                codes.append(part(first, last))
+        codes.append(part(0, ends[1]))
+    finally:
+        wait(others)
+    for code in [*codes, *(other.result() for other in others)]:
         if code == errno.ENOMEM:
             raise MemoryError(f"{name}: no memory for its packed keys and values")
         if code:
@@ -71,5 +74,6 @@ def call(
 
 
 @functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "worldloop-native")
+def _pool(process: int) -> ThreadPoolExecutor:
+    """One for each process: its threads do not survive a fork."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), "worldloop-native")

@@ -1,10 +1,10 @@
 """What every operator is made of: a reference, a Triton launcher, a public function and CASES.
 
-Which one runs is decided by `uses_triton`, in one place. The public function of an operator is
-plain Python: on a CPU it is its reference (no dispatcher on the way, autograd as ever, and an
-export to ONNX sees torch's own operators), on CUDA the Triton kernel behind a
-`torch.library.custom_op`, which torch.compile takes whole. Gradients are the reference's, except
-where an operator says that it has its own.
+Which one runs is decided by `uses_triton` and `uses_native`, here. The public function of an
+operator is plain Python: on a CPU it is its reference (no dispatcher on the way, autograd as ever,
+and an export to ONNX sees torch's own operators), of two operators in bf16 their version in
+kernels/csrc; on CUDA the Triton kernel behind a `torch.library.custom_op`, which torch.compile
+takes whole. Gradients are the reference's, except where an operator says that it has its own.
 
 Triton is optional. Without it the operators are their references, on CUDA as well, and only a
 direct call of a Triton launcher raises.
@@ -150,7 +150,7 @@ class Case:
 
     make: inputs by name, random, on a device. tolerance: largest `error` of the kernel against
     the reference in fp32. bytes: read and written once each, what the operator cannot avoid.
-    flops: of its arithmetic. large: too much for the interpreter (GPU only).
+    flops: of its arithmetic. large: too much for the interpreter.
     """
 
     name: str

@@ -127,7 +127,8 @@ def launch_qk_rope(
     low: int,
     high: int,
 ) -> Tensor:
-    _check(q_BNhK, k_BNhK, v_BNhK, cos, sin, keys_BMhK, values_BMhK, start, low, high)
+    weights = (q_weight, k_weight)
+    _check(q_BNhK, k_BNhK, v_BNhK, weights, cos, sin, keys_BMhK, values_BMhK, start, low, high)
     B, N, heads, K = q_BNhK.shape
     out = torch.empty((B, N, heads, K), dtype=q_BNhK.dtype, device=q_BNhK.device)
     _qk_rope_kernel[(N, B)](
@@ -142,10 +143,15 @@ def launch_qk_rope(
 
 
 def _check(
-    q_BNhK: Tensor, k_BNhK: Tensor, v_BNhK: Tensor, cos: Tensor, sin: Tensor,
-    keys_BMhK: Tensor, values_BMhK: Tensor, start: int, low: int, high: int,
+    q_BNhK: Tensor, k_BNhK: Tensor, v_BNhK: Tensor, weights: tuple[Tensor, Tensor],
+    cos: Tensor, sin: Tensor, keys_BMhK: Tensor, values_BMhK: Tensor,
+    start: int, low: int, high: int,
 ) -> None:  # fmt: skip
     B, N, heads, K = q_BNhK.shape
+    require(K % 2 == 0, "qk_rope", f"{K} channels a head; halves of them are rotated")
+    for weight in weights:
+        good = tuple(weight.shape) == (K,) and weight.is_contiguous()
+        require(good, "qk_rope", f"weights must be a contiguous [{K}]")
     M = keys_BMhK.shape[1]
     cache = (("keys", keys_BMhK), ("values", values_BMhK))
     for name, x in (("q", q_BNhK), ("k", k_BNhK), ("v", v_BNhK), *cache):
@@ -182,14 +188,17 @@ def native_qk_rope(
     high: int,
 ) -> Tensor:
     """kernels/csrc, bf16."""
-    _check(q_BNhK, k_BNhK, v_BNhK, cos, sin, keys_BMhK, values_BMhK, start, low, high)
-    half = all(t.dtype == torch.bfloat16 for t in (q_BNhK, q_weight, k_weight))
+    weights = (q_weight, k_weight)
+    _check(q_BNhK, k_BNhK, v_BNhK, weights, cos, sin, keys_BMhK, values_BMhK, start, low, high)
+    half = all(t.dtype == torch.bfloat16 for t in (q_BNhK, *weights))
     require(half, "qk_rope", "kernels/csrc takes bf16, weights as well")
     out = torch.empty_like(q_BNhK, memory_format=torch.contiguous_format)
     _norm_rotate_into(out, q_BNhK, q_weight, cos, sin)
     N = k_BNhK.shape[1]
     first = min(N, high - start)
     for into, new in ((start, slice(0, first)), (low, slice(first, N))):
+        if new.start == new.stop:
+            continue  # nothing goes past the end
         place = slice(into, into + new.stop - new.start)
         _norm_rotate_into(keys_BMhK[:, place], k_BNhK[:, new], k_weight, cos[new], sin[new])
         values_BMhK[:, place] = v_BNhK[:, new]
@@ -241,7 +250,9 @@ def qk_rope_behind(
     if history is not None:
         keys[:, :M].copy_(history[0])
         values[:, :M].copy_(history[1])
-    q: Tensor = _qk_rope(
+    # The operator is for torch.compile; its first call imports a second's worth of that.
+    plain = not q_BNhK.is_cuda and not torch.compiler.is_compiling()
+    q: Tensor = (native_qk_rope if plain else _qk_rope)(
         q_BNhK, k_BNhK, v_BNhK, *weights, *table, keys, values, start=M, low=0, high=M + N
     )
     return q, keys, values

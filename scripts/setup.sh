@@ -11,7 +11,7 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev
 
 # Ready?  The stamp holds what the environment was made from, and where.
 want=$( { cat setup.py constraints.txt scripts/common.sh scripts/setup.sh CMakeLists.txt kernels/csrc/*; \
-  pwd; } | sha256sum | cut -d' ' -f1)
+  pwd; command -v cmake cc || true; } | sha256sum | cut -d' ' -f1)
 if [ -x "$VENV/bin/worldloop" ] && [ "$(cat "$VENV/.worldloop" 2>/dev/null)" = "$want" ]; then
   exit 0
 fi
@@ -47,7 +47,9 @@ say "installing worldloop and what it needs"
 pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 if command -v cmake >/dev/null && command -v cc >/dev/null; then
   say "building kernels/csrc"
-  cmake -S . -B build -DWORLDLOOP_PYTHON="$PWD/$VENV/bin/python" >/dev/null && cmake --build build >/dev/null || say "kernels/csrc is left out: see above"
+  rm -f kernels/_native.so  # an older one would be loaded where the new one cannot be built
+  cmake -S . -B build -DWORLDLOOP_PYTHON="$(cd "$VENV" && pwd)/bin/python" >/dev/null \
+    && cmake --build build >/dev/null || say "kernels/csrc is left out: see above"
 else
   say "kernels/csrc is left out: needs cmake and a C compiler; slower on CPUs with AVX-512, no less complete"
 fi

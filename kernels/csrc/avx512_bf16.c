@@ -29,16 +29,21 @@ typedef struct {
     Strides from, to;
 } RotateShape;
 
-#if defined(__x86_64__) && defined(__GNUC__)
+/* Of the signatures below, as kernels/native.py calls them: count it up with every change. */
+enum { ABI = 2 };
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
 #include <string.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline)) AVX512
 
-int worldloop_has_avx512_bf16(void) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+/* 0 where the processor lacks the instructions. */
+int worldloop_bf16_abi(void) {
+    int has = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has ? ABI : 0;
 }
 
 /* Which of 16 lanes hold an element where `left` are left. */
@@ -71,8 +76,9 @@ enum {
     QUERIES = 16 * ROWS,  /* of the backward pass at a time: their weights stay in the second cache */
 };
 
-/* out[ROWS][wide] (+)= sum over pairs of a[r][step * pair] b[pair][column]; a word is two bf16. */
-INLINE void tile(const uint32_t *const a[ROWS], int64_t step, const uint32_t *b, int64_t pairs,
+/* out[ROWS][wide] (+)= sum over pairs of word step * pair of a[r] times b[pair][column]; a
+ * word is two bf16. */
+INLINE void tile(const uint16_t *const a[ROWS], int64_t step, const uint32_t *b, int64_t pairs,
                  float *out, int64_t out_stride, const int wide, const int add) {
     __m512 sum[ROWS][WIDE / 16];
 #pragma GCC unroll 6
@@ -86,7 +92,9 @@ INLINE void tile(const uint32_t *const a[ROWS], int64_t step, const uint32_t *b,
         for (int c = 0; c < wide / 16; c++) columns[c] = (__m512bh)_mm512_load_si512(b + 16 * c);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            __m512bh both = (__m512bh)_mm512_set1_epi32((int)a[r][step * pair]);
+            int word;
+            memcpy(&word, a[r] + 2 * step * pair, 4); /* it may lie at an odd element */
+            __m512bh both = (__m512bh)_mm512_set1_epi32(word);
 #pragma GCC unroll 4
             for (int c = 0; c < wide / 16; c++)
                 sum[r][c] = _mm512_dpbf16_ps(sum[r][c], both, columns[c]);
@@ -131,11 +139,10 @@ INLINE void interleave(const uint16_t *x, int64_t token, int64_t count, int64_t 
     }
 }
 
-/* Rows n.. of x as words; the last row again in the place of none. */
+/* Rows n.. of x; the last row again in the place of none. */
 INLINE void rows_of(const uint16_t *x, int64_t token, int64_t n, int64_t N,
-                    const uint32_t *rows[ROWS]) {
-    for (int64_t r = 0; r < ROWS; r++)
-        rows[r] = (const uint32_t *)(x + (n + r < N ? n + r : N - 1) * token);
+                    const uint16_t *rows[ROWS]) {
+    for (int64_t r = 0; r < ROWS; r++) rows[r] = x + (n + r < N ? n + r : N - 1) * token;
 }
 
 /* by * x[K], rounded. */
@@ -144,9 +151,11 @@ INLINE void put(uint16_t *to, const float *x, int64_t K, float by) {
         store(to + d, lanes(K - d), _mm512_mul_ps(_mm512_load_ps(x + d), _mm512_set1_ps(by)));
 }
 
-/* 2^x for x <= 0: the fraction's Taylor series (2e-6), the whole part into the exponent. */
+/* 2^x for x <= 0, above which only rounding leads: the fraction's Taylor series (2e-6), the whole
+ * part into the exponent. */
 INLINE __m512 exp2_ps(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126), x); /* this order hands a NaN on */
+    x = _mm512_min_ps(_mm512_setzero_ps(), x);
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.3333558e-3f);
@@ -162,7 +171,7 @@ INLINE __m512 exp2_ps(__m512 x) {
  * largest 1, and what makes their sum 1, into stats. */
 INLINE void weights_of(float *scores, int64_t M, int64_t keys, float scale, uint16_t *weights,
                        float stats[2]) {
-    for (int64_t m = M; m < keys; m++) scores[m] = -1e30f; /* their values are zero as well */
+    for (int64_t m = M; m < keys; m++) scores[m] = -__builtin_inff(); /* their values are zero, too */
     __m512 largest = _mm512_load_ps(scores);
     for (int64_t m = 16; m < keys; m += 16)
         largest = _mm512_max_ps(largest, _mm512_load_ps(scores + m));
@@ -205,14 +214,14 @@ INLINE int forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint
         const uint16_t *queries = q + row * s->q.row + head * s->q.head;
         uint16_t *to = out + row * s->out.row + head * s->out.head;
         for (int64_t n = 0; n < N; n += ROWS) {
-            const uint32_t *a[ROWS];
+            const uint16_t *a[ROWS];
             rows_of(queries, s->q.token, n, N, a);
             for (int64_t m = 0; m < keys; m += WIDE)
                 tile(a, 1, packed_k + m * (K / 2), K / 2, scores + m, keys, WIDE, 0);
             float found[ROWS][2];
             for (int64_t r = 0; r < ROWS; r++) {
                 weights_of(scores + r * keys, M, keys, scale, weights + r * keys, found[r]);
-                a[r] = (const uint32_t *)(weights + r * keys);
+                a[r] = weights + r * keys;
             }
             for (int64_t d = 0; d < K; d += wide)
                 tile(a, 1, packed_v + d * (keys / 2), keys / 2, result + d, dims, wide, 0);
@@ -274,7 +283,7 @@ INLINE int backward(const uint16_t *q, const uint16_t *k, const uint16_t *v, con
     int64_t N = s->N, M = s->M, K = s->K, keys = whole(M, WIDE), dims = whole(K, wide);
     int64_t words = keys * K + keys / 2 * dims + 2 * (keys + ROWS) * dims +
                     ROWS * (2 * keys + keys / 2 + dims) + QUERIES * (keys + dims) + 2 * WIDE;
-    uint32_t *arena = aligned_alloc(64, (size_t)whole(words + 12 * WIDE, WIDE) * 4), *all = arena;
+    uint32_t *arena = aligned_alloc(64, (size_t)whole(words + 13 * WIDE, WIDE) * 4), *all = arena;
     if (!all) return ENOMEM;
     uint32_t *packed_k = take(&arena, keys * K / 2), *packed_v = take(&arena, keys * K / 2);
     uint32_t *mixed_k = take(&arena, keys / 2 * dims);
@@ -301,13 +310,13 @@ INLINE int backward(const uint16_t *q, const uint16_t *k, const uint16_t *v, con
         memset(sum_v, 0, (size_t)((keys + ROWS) * dims) * 4);
         for (int64_t block = 0; block < N; block += QUERIES) {
             int64_t count = N - block < QUERIES ? N - block : QUERIES;
-            int64_t padded = whole(count, ROWS); /* even; those beyond have a gradient of zero */
+            int64_t padded = whole(count, ROWS); /* even; those beyond are zero in both mixed_ */
             interleave(queries + block * s->q.token, s->q.token, count, K, padded, mixed_q, wide);
             interleave(grads + block * shape->grad.token, shape->grad.token, count, K, padded,
                        mixed_grad, wide);
             for (int64_t t = 0; t < padded; t += ROWS) {
                 int64_t n = block + t;
-                const uint32_t *a[ROWS], *g[ROWS];
+                const uint16_t *a[ROWS], *g[ROWS];
                 rows_of(queries, s->q.token, n, N, a);
                 rows_of(grads, shape->grad.token, n, N, g);
                 for (int64_t m = 0; m < keys; m += WIDE) {
@@ -326,7 +335,7 @@ INLINE int backward(const uint16_t *q, const uint16_t *k, const uint16_t *v, con
                     gradients_of(scores + r * keys, d_p + r * keys, found, delta, M, keys, scale,
                                  d_rows + r * keys, p_words + at, d_words + at);
                 }
-                for (int64_t r = 0; r < ROWS; r++) a[r] = (const uint32_t *)(d_rows + r * keys);
+                for (int64_t r = 0; r < ROWS; r++) a[r] = d_rows + r * keys;
                 for (int64_t d = 0; d < K; d += wide)
                     tile(a, 1, mixed_k + d * (keys / 2), keys / 2, result + d, dims, wide, 0);
                 uint16_t *to = dq + row * shape->dq.row + head * shape->dq.head;
@@ -334,8 +343,11 @@ INLINE int backward(const uint16_t *q, const uint16_t *k, const uint16_t *v, con
                     put(to + (n + r) * shape->dq.token, result + r * dims, K, root);
             }
             for (int64_t m = 0; m < M; m += ROWS) {
-                const uint32_t *p[ROWS], *d_of[ROWS];
-                for (int64_t r = 0; r < ROWS; r++) p[r] = p_words + m + r, d_of[r] = d_words + m + r;
+                const uint16_t *p[ROWS], *d_of[ROWS];
+                for (int64_t r = 0; r < ROWS; r++) {
+                    p[r] = (const uint16_t *)(p_words + m + r);
+                    d_of[r] = (const uint16_t *)(d_words + m + r);
+                }
                 for (int64_t d = 0; d < K; d += wide) {
                     tile(p, keys, mixed_grad + d * (padded / 2), padded / 2, sum_v + m * dims + d,
                          dims, wide, 1);
@@ -403,6 +415,6 @@ AVX512 int worldloop_norm_rotate_bf16(const uint16_t *x, uint16_t *out, const ui
 
 #else
 
-int worldloop_has_avx512_bf16(void) { return 0; }
+int worldloop_bf16_abi(void) { return 0; }
 
 #endif

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from worldloop.kernels.native import ABI
+
 ROOT = Path(__file__).parents[2]
 PROCESSOR = Path("/proc/cpuinfo").read_text(encoding="utf-8")
 HAS_AVX512, HAS_BF16 = (f" {name} " in PROCESSOR for name in ("avx512f", "avx512_bf16"))
@@ -101,6 +103,10 @@ routes = [native_takes(q, k, v), native_takes(learns, k, v), uses_native(learns)
           native_takes(q.float(), k, v)]
 with reference_only():
     routes.append(native_takes(q, k, v))
+# Left to plain torch: one row of keys for all, no keys, values of another width, no batch.
+routes += [native_takes(q, k[:1], v[:1]), native_takes(q, k[:, :, :0], v[:, :, :0]),
+           native_takes(q, k, v[..., :32]), native_takes(q[0], k[0], v[0])]
+large = attend(q.float().mul(1e5).bfloat16(), k.float().mul(1e5).bfloat16(), v)
 
 def gradients(function, tensors, weight):
     own = [t.detach().requires_grad_() for t in tensors]
@@ -143,7 +149,8 @@ with torch.inference_mode(), reference_only():
     exact = run(x[:, :, 3:], first_frame=3, history=run(x[:, :, :3]).kv).sample
 def apart(a):
     return float((a - exact).norm() / exact.norm())
-print(json.dumps([HAS_NATIVE, errors, routes, slopes, broken.nonzero().tolist(),
+print(json.dumps([HAS_NATIVE, errors, routes, slopes, bool(large.isfinite().all()),
+                  broken.nonzero().tolist(),
                   [apart(found), apart(plain)]]))
 """
 
@@ -156,12 +163,13 @@ def test_operators_equal_their_references(library, threads):
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=library.parent
     )
     assert done.returncode == 0, done.stderr
-    has, errors, routes, slopes, broken, apart = json.loads(done.stdout)
+    has, errors, routes, slopes, finite, broken, apart = json.loads(done.stdout)
     assert has is HAS_BF16
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
     assert len(errors) == (7 if has else 0)
     # bf16 alone; with a gradient where an operator has a backward pass
-    assert routes == [has, has, False, has, False, False]
+    assert routes == [has, has, False, has, *[False] * 6]
+    assert finite, "however large the scores"
     if has:
         assert slopes.pop() == 0
         for ours, plain in zip(slopes[::2], slopes[1::2], strict=True):
@@ -170,3 +178,48 @@ def test_operators_equal_their_references(library, threads):
     assert broken == [[1, 2, query, 3] for query in range(7)]
     # A pass with history is as near to fp32 as plain torch's in bf16.
     assert apart[0] < 1.5 * apart[1] < 0.05
+
+
+INTERRUPTED = """
+import signal, time, torch
+from worldloop.kernels.attention import native_attention
+torch.set_num_threads(2)
+def stop(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, stop)
+def once():
+    q, k, v = (torch.randn(1, n, 3, 64).bfloat16().transpose(1, 2) for n in (400, 30000, 30000))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    try:
+        native_attention(q, k, v)
+    except KeyboardInterrupt:
+        return
+    raise SystemExit("not interrupted")
+once()
+fresh = [torch.zeros(1, 400, 3, 64, dtype=torch.bfloat16) for _ in range(20)]
+time.sleep(0.5)
+assert not any(t.any() for t in fresh), "a thread still wrote where it no longer may"
+"""
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="needs a processor with AVX512-BF16")
+def test_what_a_thread_writes_outlives_an_interrupted_call(library):
+    env = {**os.environ, "WORLDLOOP_NATIVE": str(library)}
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=library.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_library_of_other_signatures_is_left_alone(library, tmp_path):
+    source = (ROOT / "kernels" / "csrc" / "avx512_bf16.c").read_text(encoding="utf-8")
+    assert f"enum {{ ABI = {ABI} }}" in source
+    older = tmp_path / "older.c"
+    older.write_text(source.replace(f"ABI = {ABI}", f"ABI = {ABI - 1}"), encoding="utf-8")
+    built = tmp_path / "_native.so"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", built, older], check=True)
+    code = "from worldloop.kernels.native import HAS_NATIVE; print(HAS_NATIVE)"
+    for path, expected in ((library, HAS_BF16), (built, False)):
+        env = {**os.environ, "WORLDLOOP_NATIVE": str(path)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.strip() == str(expected), done.stderr
