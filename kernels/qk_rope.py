@@ -251,7 +251,7 @@ def qk_rope_behind(
         keys[:, :M].copy_(history[0])
         values[:, :M].copy_(history[1])
     # The operator is for torch.compile; its first call imports a second's worth of that.
-    plain = not q_BNhK.is_cuda and not torch.compiler.is_compiling()
+    plain = uses_native(q_BNhK, k_BNhK, v_BNhK, *weights) and not torch.compiler.is_compiling()
     q: Tensor = (native_qk_rope if plain else _qk_rope)(
         q_BNhK, k_BNhK, v_BNhK, *weights, *table, keys, values, start=M, low=0, high=M + N
     )
