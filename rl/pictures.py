@@ -167,7 +167,7 @@ def _trace(draw: ImageDraw.ImageDraw, pair: Pair, box: tuple[int, int, int, int]
         draw.line((dash, y(pair.threshold), min(dash + 6, right), y(pair.threshold)), FAINT)
     points = [(x(t + 1), y(value)) for t, value in enumerate(pair.reward)]
     draw.line(points, IMAGINED, 2)
-    for value, text in ((0.0, "0"), (pair.threshold, f"{pair.threshold:g}")):
+    for value, text in ((0.0, "0"), (pair.threshold, f"{pair.threshold:.2g}")):
         draw.text((left - 6, y(value)), text, FAINT, _font(13), anchor="rm")
     draw.text((left, top - 17), "imagined reward", IMAGINED, _font(13))
     draw.text((left + 120, top - 17), "solved in truth", REAL, _font(13))
