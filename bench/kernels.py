@@ -23,6 +23,7 @@ from worldloop.bench import timing
 from worldloop.bench.timing import Ceilings, Times, kernel_seconds
 from worldloop.cli import parse_config
 from worldloop.config import positive
+from worldloop.engine.precision import has_fast_bf16
 from worldloop.errors import UserError
 from worldloop.kernels.cases import OPS, load_op
 from worldloop.kernels.native import HAS_NATIVE
@@ -110,7 +111,7 @@ def beside_floor(row: dict[str, Any], ceilings: dict[str, Ceilings]) -> dict[str
     """The row with its floor in seconds, what share of it its median reaches, and its rate."""
     if not row["passed"]:
         return row
-    own = ceilings[row["dtype"]]
+    own = ceilings.get(row["dtype"], ceilings["float32"])
     floor = max(row["bytes"] / own.copy, row["flops"] / own.gemm)
     share, rate = floor / row["p50_s"], row["bytes"] / row["p50_s"] / 1e9
     return {**row, "floor_s": floor, "share_of_floor": share, "gb_per_s": rate}
@@ -124,8 +125,10 @@ def bench(config: KernelBench) -> dict[str, Any]:
     """Measure; the document that is written."""
     torch.set_num_threads(config.threads)
     device = timing.device_of(config.device)
-    both = (torch.float32, torch.bfloat16)
-    ceilings = {timing.dtype_name(dtype): Ceilings(dtype, device).measure() for dtype in both}
+    dtypes = [torch.float32]
+    if has_fast_bf16(device):  # emulated products would take minutes and bound nothing
+        dtypes.append(torch.bfloat16)
+    ceilings = {timing.dtype_name(dtype): Ceilings(dtype, device).measure() for dtype in dtypes}
     rows: list[dict[str, Any]] = []
     left_out = []
     for name in [config.op] if config.op else OPS:
