@@ -2,8 +2,10 @@
 
 On CUDA forward alone, by flash attention's recurrence: keys pass in blocks, each query row keeps
 its running maximum, its running sum and its weighted values. On CPUs in bf16 with a backward pass
-(kernels/csrc), where the scores of a few queries at a time stay in the first cache. Queries see every key, which is all that block-causal generation with a cache
-needs. Bytes: q, k, v and the result once; FLOPs: 4 N M K a head and row.
+(kernels/csrc), where the scores of a few queries at a time stay in the first cache.
+
+Queries see every key, which is all that block-causal generation with a cache needs. Bytes: q, k, v
+and the result once; FLOPs: 4 N M K a head and row.
 
 Shape letters: B rows, h heads, N queries, M keys, K head dimension.
 """
