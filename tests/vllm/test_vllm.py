@@ -49,8 +49,13 @@ def words_of(rows: int) -> list[str]:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.dtype == b.dtype == torch.float32
-    torch.testing.assert_close(a, b, rtol=0, atol=PARITY)
+    assert a.dtype == b.dtype == torch.float32 and a.shape == b.shape
+    gap = (a - b).abs()
+    off = (~(gap <= PARITY)).flatten(1).sum(1)  # not a number is off, too
+    assert not off.any(), (
+        f"off by more than {PARITY}: {({i: n for i, n in enumerate(off.tolist()) if n})} "
+        f"(row: elements of {gap[0].numel()}), largest {gap.max():.2e}"
+    )
 
 
 @pytest.fixture(scope="module")
