@@ -43,27 +43,31 @@ LATENT_NOISE = 0.15  # largest standard deviation: imagined latents are not quit
 
 
 def fit_arm(
-    data: EpisodeArrays,
-    episodes: int,
+    parts: Sequence[EpisodeArrays],
+    held_out: int,
     steps: int,
     seed: int = 0,
     object_head: ObjectHead | None = None,
 ) -> Arm:
-    """An arm fitted on the first ``episodes`` of a delta-pose dataset.
+    """An arm fitted on all but the last ``held_out`` episodes of each delta-pose dataset.
 
-    object_head: becomes a part of it, as it is; ``data.objects`` say what it is to see.
+    object_head: becomes a part of it, as it is; the recordings' objects say what it is to see.
     """
-    spec = data.action_spec
+    spec = parts[0].action_spec
     assert spec.controller is not None
-    actions, states = data.actions[:episodes], data.states[:episodes]
+    trained = [slice(len(part) - held_out) for part in parts]
+    actions = [part.actions[rows] for part, rows in zip(parts, trained)]
+    states = [part.states[rows] for part, rows in zip(parts, trained)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         arm, beside_object = Arm(ArmConfig()), None
         if object_head is not None:
-            assert data.objects is not None
             arm = Arm(ArmConfig(object_head=object_head.config))
             arm.object_head = copy.deepcopy(object_head).requires_grad_(False)
-            beside_object = torch.from_numpy(data.objects[:episodes, :, 0, :3].copy())
+            seen_objects = [
+                part.first_objects[rows, :, 0, :3] for part, rows in zip(parts, trained)
+            ]
+            beside_object = _together(seen_objects)
         taps = np.zeros((arm.config.past, MOVES), np.float32)
         for columns, fitted in (
             (slice(0, 3), spec.controller.position_taps),
@@ -72,19 +76,25 @@ def fit_arm(
             kept = fitted[: arm.config.past]
             taps[: len(kept), columns] = np.array(kept, np.float32)[:, None]
         arm.linear.data.copy_(torch.from_numpy(taps))
-        commands, poses = arm.windows(actions), torch.from_numpy(states[..., :MOVES].copy())
-        arm.pose_mean.copy_(poses.mean((0, 1)))
-        arm.pose_std.copy_(poses.std((0, 1)).clamp_min(0.02))
-        wrong = np.abs(spec.to_absolute(actions, states[:, 0]) - states[:, 1:])[..., :3].max((1, 2))
+        commands = _together([arm.windows(each).numpy() for each in actions])
+        poses = _together([each[..., :MOVES] for each in states])
+        lengths = torch.tensor([len(row) for each in actions for row in each])
+        all_poses = np.concatenate([each[..., :MOVES].reshape(-1, MOVES) for each in states])
+        arm.pose_mean.copy_(torch.from_numpy(all_poses.mean(0)))
+        arm.pose_std.copy_(torch.from_numpy(all_poses.std(0)).clamp_min(0.02))
+        wrong = np.concatenate([
+            np.abs(spec.to_absolute(a, s[:, 0]) - s[:, 1:])[..., :3].max((1, 2))
+            for a, s in zip(actions, states)
+        ])  # fmt: skip
         often = torch.from_numpy(1 + wrong / max(float(wrong.mean()), 1e-6))
-        worth, piece = torch.tensor(WORTH), min(PIECE, actions.shape[1])
+        worth, piece = torch.tensor(WORTH), min(PIECE, int(lengths.min()))
         fitted_weights = [p for p in arm.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(fitted_weights, lr=LR, weight_decay=1e-4)
         for step in range(steps):
             fall = 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 50) * fall
             rows = torch.multinomial(often, BATCH, replacement=True)
-            first = torch.randint(actions.shape[1] - piece + 1, (BATCH,))
+            first = (torch.rand(BATCH) * (lengths[rows] - piece + 1)).long()
             at = first[:, None] + torch.arange(piece)
             # Half of the pieces start a little beside, where an earlier error may have led.
             beside = torch.randn(BATCH, MOVES) * 0.4 / worth * (torch.rand(BATCH, 1) < 0.5)
@@ -100,6 +110,16 @@ def fit_arm(
             nn.utils.clip_grad_norm_(fitted_weights, 1.0)
             optimizer.step()
     return arm.eval()
+
+
+def _together(arrays: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+    """[N,T,...] of several horizons as one tensor, with zeros behind the ends of shorter ones."""
+    longest = max(each.shape[1] for each in arrays)
+    padded = [
+        np.pad(each, [(0, 0), (0, longest - each.shape[1]), *[(0, 0)] * (each.ndim - 2)])
+        for each in arrays
+    ]
+    return torch.from_numpy(np.concatenate(padded))
 
 
 def fit_object_head(
@@ -212,9 +232,7 @@ def chunk_poses(
     data: EpisodeArrays,
     arm: Arm | None,
     latents: npt.NDArray[Any],
-    go_on: Callable[
-        [npt.NDArray[np.int64], int, npt.NDArray[np.float32]], npt.NDArray[np.float32]
-    ],
+    go_on: Callable[[npt.NDArray[np.int64], int, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
 ) -> npt.NDArray[np.float32]:
     """Poses [N,T,A] after each action, by the commands of a chunk from where it starts.
 

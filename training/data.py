@@ -190,30 +190,12 @@ def load_mixture(
             print(f"{env_id}: only {rarer:.0%} of its episodes are of one outcome; "
                   "`worldloop data balance` evens them out", file=sys.stderr)  # fmt: skip
     if len(parts) > 1:
-        pooled = pool_paths(parts)
-        spec = fit_action_spec(parts[0].action_spec, pooled.actions, pooled.states)
+        T = min(part.actions.shape[1] for part in parts)
+        actions = np.concatenate([part.actions[:, :T] for part in parts])
+        states = np.concatenate([part.states[:, : T + 1] for part in parts])
+        spec = fit_action_spec(parts[0].action_spec, actions, states)
         parts = [replace(part, action_spec=spec) for part in parts]
     return parts
-
-
-def pool_paths(parts: Sequence[EpisodeArrays], held_out: int = 0) -> EpisodeArrays:
-    """The paths (actions and states) of several datasets as one, cut to the shortest horizon.
-
-    The last ``held_out`` of each come last. The other fields are the first dataset's.
-    """
-    T = min(part.actions.shape[1] for part in parts)
-    cut = [len(part) - held_out for part in parts]
-
-    def joined(name: str, most: int) -> Float:
-        arrays = [getattr(part, name)[:, :most] for part in parts]
-        early = [array[:n] for array, n in zip(arrays, cut)]
-        return np.concatenate([*early, *(array[n:] for array, n in zip(arrays, cut))])
-
-    known = all(part.objects is not None for part in parts)
-    return replace(
-        parts[0], actions=joined("actions", T), states=joined("states", T + 1),
-        objects=joined("first_objects", T + 1) if known else None,
-    )  # fmt: skip
 
 
 def cached_array(

@@ -25,7 +25,7 @@ from worldloop.engine.world_model import WorldModelConfig
 from worldloop.errors import UserError
 from worldloop.training.arm import fit_arm, fit_object_head, fit_pose_head, position_error
 from worldloop.training.common import Workers
-from worldloop.training.data import EpisodeArrays, pool_paths
+from worldloop.training.data import EpisodeArrays
 from worldloop.training.latents import rollout_poses
 from worldloop.types import ActionSpec
 
@@ -147,11 +147,10 @@ def arm_of(
             candidates["that of init"] = Arm(base.arm)
             load_into(candidates["that of init"], start["arm"], f"{config.init} (arm)")
         if config.arm_steps:
+            head = _object_head(config, parts, latents)
             candidates["fitted"] = fit_arm(
-                pool_paths(parts, config.held_out),
-                sum(map(len, parts)) - config.held_out * len(parts),
-                config.arm_steps, config.seed, _object_head(config, parts, latents),
-            )  # fmt: skip
+                parts, config.held_out, config.arm_steps, config.seed, head
+            )
         off = {
             name: off_at_the_end(arm, parts, latents, config.held_out)
             for name, arm in candidates.items()

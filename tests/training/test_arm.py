@@ -13,12 +13,16 @@ from worldloop.types import ActionSpec
 GAIN = 0.03  # metres a command
 
 
-def episodes(count: int, seed: int, T: int = 32) -> EpisodeArrays:
-    """Hands that sink onto a table at z = 9 mm, where they stop and drag at half their speed."""
+def episodes(count: int, seed: int, T: int = 32, up: int = 0) -> EpisodeArrays:
+    """Hands that sink onto a table at z = 9 mm, where they stop and drag at half their speed.
+
+    up: the first actions, which lead upwards.
+    """
     rng = np.random.default_rng(seed)
     # Each episode goes its own way, so that some press on the table for long.
     way = rng.uniform(-0.4, 0.4, (count, 1, 7))
     actions = (way + rng.uniform(-0.2, 0.2, (count, T, 7))).clip(-1, 1).astype(np.float32)
+    actions[:, :up, 2] = np.abs(actions[:, :up, 2]) / 4
     states = np.zeros((count, T + 1, 7), np.float32)
     states[:, 0, 2] = rng.uniform(0.02, 0.15, count)
     for t in range(T):
@@ -47,8 +51,21 @@ def test_contact_is_learned():
     data, unseen = episodes(96, 0), episodes(48, 1)
     actions, states = unseen.actions, unseen.states
     linear = position_error(data.action_spec.to_absolute(actions, states[:, 0]), states)
-    arm = fit_arm(data, len(data), steps=400)
+    arm = fit_arm([data], 0, steps=400)
     fitted = position_error(arm.poses(actions, states[:, 0]), states)
+    assert linear > 0.04
+    assert fitted < linear / 4
+
+
+def test_the_end_of_long_episodes_is_learned_beside_short_ones():
+    """Contact comes after the end of the short ones."""
+    parts = [episodes(48, 0, 16, up=16), episodes(96, 1, 48, up=16)]
+    unseen = episodes(48, 2, 48, up=16)
+    actions, states = unseen.actions, unseen.states
+    spec = fit_action_spec(ActionSpec(chunk=8), parts[1].actions, parts[1].states)
+    parts = [dataclasses.replace(part, action_spec=spec) for part in parts]
+    linear = position_error(spec.to_absolute(actions, states[:, 0]), states)
+    fitted = position_error(fit_arm(parts, 0, steps=400).poses(actions, states[:, 0]), states)
     assert linear > 0.04
     assert fitted < linear / 4
 
@@ -58,7 +75,7 @@ def test_the_last_episodes_stay_unseen_and_a_seed_repeats():
     changed = data.actions.copy()
     changed[8:] = 1
     other = dataclasses.replace(data, actions=changed)
-    one, two = fit_arm(data, 8, steps=3), fit_arm(other, 8, steps=3)
+    one, two = fit_arm([data], 4, steps=3), fit_arm([other], 4, steps=3)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
 
@@ -87,7 +104,7 @@ def stopped(data: EpisodeArrays, seed: int) -> EpisodeArrays:
 
 def test_what_no_command_tells_is_seen():
     data, unseen = stopped(episodes(128, 0), 0), stopped(episodes(64, 1), 1)
-    arm = fit_arm(data, len(data), steps=200)
+    arm = fit_arm([data], 0, steps=200)
     blind = position_error(rollout_poses(unseen, arm, latents_of(unseen)), unseen.states)
     seeing = fit_pose_head(arm, [data], [latents_of(data)], held_out=8, steps=500)
     mended = position_error(rollout_poses(unseen, seeing, latents_of(unseen)), unseen.states)
@@ -99,7 +116,7 @@ def test_what_no_command_tells_is_seen():
 
 def test_the_pose_head_never_sees_the_last_episodes_and_a_seed_repeats():
     data = episodes(12, 0)
-    arm = fit_arm(data, 8, steps=2)
+    arm = fit_arm([data], 4, steps=2)
     z, changed = latents_of(data), latents_of(data)
     changed[8:] = 1
     one, two = (fit_pose_head(arm, [data], [each], held_out=4, steps=3) for each in (z, changed))
@@ -135,8 +152,8 @@ def test_a_hand_that_comes_down_on_a_cube_is_foreseen():
     (data, z), (unseen, unseen_z) = over_cubes(256, 0), over_cubes(256, 1)
     head, off = fit_object_head([data], [z], held_out=32, steps=300)
     assert off < 0.01
-    blind = fit_arm(data, 224, steps=600)
-    seeing = fit_arm(data, 224, steps=600, object_head=head)
+    blind = fit_arm([data], 32, steps=600)
+    seeing = fit_arm([data], 32, steps=600, object_head=head)
     ends = unseen.states[:, -1, :3]
     missed, met = (
         np.linalg.norm(rollout_poses(unseen, arm, unseen_z)[:, -1, :3] - ends, axis=-1) > 0.015
