@@ -1,7 +1,8 @@
 """Episodes as arrays for training: frames decoded once into a memory-mapped cache.
 
 The cache lies in the dataset's folder under ``.cache``; its name holds the number of episodes and
-a hash of their seeds, so a dataset that has grown gets a new one. Several datasets can be read as
+a hash of their seeds, so a dataset that has grown gets a new one, made from the old one and the new
+episodes. Several datasets can be read as
 one mixture: they then share one action spec, fitted on all of them.
 """
 
@@ -42,13 +43,17 @@ class EpisodeArrays:
     action_spec: ActionSpec
     env_id: str
     instruction: str
-    key: str  # names this set of episodes, for caches made from it
+    seeds: tuple[int, ...]  # [N]; name this set of episodes, for caches made from it
     numbers: npt.NDArray[np.int64]  # [N] which episodes of the dataset they are
     first: int = 0  # frame of the recorded episodes at which these begin
     objects: Float | None = None  # [N,T+1,O,7] poses, where the recording has them
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def key(self, count: int | None = None) -> str:
+        """What caches call these episodes, or the first ``count`` of them."""
+        return _key(self.seeds[:count]) + (f"-from-{self.first}" if self.first else "")
 
     @property
     def first_objects(self) -> Float:
@@ -79,7 +84,6 @@ class EpisodeArrays:
             reward=self.reward[:, steps],
             success=self.reward[:, steps][:, -1] > 0.5,
             object_pixels=pixels,
-            key=f"{self.key}-from-{first}",
             first=first,
             objects=objects,
         )
@@ -103,8 +107,6 @@ def load_arrays(
         episodes = [episodes[i] for i in numbers]
         if not episodes:
             raise UserError(f"{root}: holds near-successes alone; nothing is left without them")
-    seeds = ",".join(str(dataset.seeds[i]) for i in numbers)
-    key = f"{len(numbers)}-{hashlib.sha256(seeds.encode()).hexdigest()[:12]}"
     lengths = {len(e.actions) for e in episodes}
     if len(lengths) > 1:
         raise UserError(f"{root}: episodes have {sorted(lengths)} actions; one horizon is needed")
@@ -117,7 +119,7 @@ def load_arrays(
     actions = np.stack([e.actions for e in episodes])
     states = np.stack([e.states for e in episodes])
     return EpisodeArrays(
-        frames=_frame_cache(dataset, numbers, key),
+        frames=_frame_cache(dataset, numbers),
         actions=actions,
         states=states,
         reward=np.stack([e.reward for e in episodes]),
@@ -126,10 +128,14 @@ def load_arrays(
         action_spec=fit_action_spec(dataset.meta.action_spec, actions, states),
         env_id=dataset.meta.env_id,
         instruction=episodes[0].instruction,
-        key=key,
+        seeds=tuple(int(dataset.seeds[i]) for i in numbers),
         numbers=np.array(numbers),
         objects=_objects(episodes),
     )
+
+
+def _key(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)}-{hashlib.sha256(','.join(map(str, seeds)).encode()).hexdigest()[:12]}"
 
 
 def _objects(episodes: Sequence[Episode]) -> Float | None:
@@ -199,45 +205,55 @@ def load_mixture(
 
 
 def cached_array(
-    path: Path, count: int, make: Callable[[int], npt.NDArray[Any]], title: str
-) -> None:
-    """Write the arrays of ``count`` episodes as one .npy file, whole or not at all.
+    path_of: Callable[[int], Path], count: int, make: Callable[[int], npt.NDArray[Any]], title: str
+) -> npt.NDArray[Any]:
+    """The arrays of ``count`` episodes, memory-mapped from a .npy file that is written once.
 
-    The room on the disk is taken first: a map of a file that outgrows its disk would kill the
-    process. Raises UserError where there is none.
+    path_of: the file that holds those of the first n episodes. Of a dataset that has grown since
+    an earlier one was written, only the new episodes are made. A file is whole or not there; the
+    room on the disk is taken first: a map of a file that outgrows its disk would kill the process.
+    Raises UserError where there is none.
     """
+    path = path_of(count)
+    if path.exists():
+        return np.load(path, mmap_mode="r")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
         for left in path.parent.glob("*.*.tmp"):
             if left_behind(left.name.split(".")[-2]):
                 left.unlink(missing_ok=True)
+        fewer = next((n for n in range(count - 1, 0, -1) if path_of(n).exists()), 0)
+        known = np.load(path_of(fewer), mmap_mode="r") if fewer else ()
         out: Any = None  # a memory map
-        with Progress(count, title, unit="ep") as progress:
+        with Progress(count, title, unit="ep", initial=fewer) as progress:
             for i in range(count):
-                array = make(i)
+                array = known[i] if i < fewer else make(i)
                 if out is None:
                     shape = (count, *array.shape)
                     out = np.lib.format.open_memmap(temporary, "w+", array.dtype, shape)
                     with open(temporary, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
                 out[i] = array
-                progress.update()
+                if i >= fewer:
+                    progress.update()
         out.flush()
         os.replace(temporary, path)
     except OSError as error:
         raise disk_error(path, error) or error from error
     finally:
         temporary.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
 
 
-def _frame_cache(dataset: EpisodeDataset, numbers: list[int], key: str) -> npt.NDArray[np.uint8]:
-    path = dataset.root / ".cache" / f"frames-{key}.npy"
-    if not path.exists():
-        title = f"decode {dataset.root.name}"
-        cached_array(path, len(numbers), lambda i: dataset.read(numbers[i]).frames, title)
-    kept: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
-    return kept
+def _frame_cache(dataset: EpisodeDataset, numbers: list[int]) -> npt.NDArray[np.uint8]:
+    seeds = [int(dataset.seeds[i]) for i in numbers]
+    return cached_array(
+        lambda n: dataset.root / ".cache" / f"frames-{_key(seeds[:n])}.npy",
+        len(numbers),
+        lambda i: dataset.read(numbers[i]).frames,
+        f"decode {dataset.root.name}",
+    )
 
 
 def fit_action_spec(spec: ActionSpec, actions: Float, states: Float, taps: int = 4) -> ActionSpec:

@@ -73,23 +73,24 @@ def latent_cache(data: EpisodeArrays, root: Path, autoencoder: Path, device: tor
 
     The file's name holds the hash of the autoencoder's weights: another one gets another cache.
     """
-    model = autoencoder_of(autoencoder)  # first, so that a foreign folder is named
-    path = root / ".cache" / f"latents-{data.key}-{autoencoder_hash(autoencoder)}.npy"
-    if not path.exists():
-        if isinstance(model, LightVAE):
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model = model.to(device)
+    model = autoencoder_of(autoencoder).to(device)  # first, so that a foreign folder is named
+    if isinstance(model, LightVAE):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    name = autoencoder_hash(autoencoder)
 
-        def encoded(i: int) -> Half:
-            frames = torch.from_numpy(data.frames[i].copy()).to(device).float() / 127.5 - 1
-            with autocast(device, "auto"):
-                latents, _ = model.encode(frames.permute(3, 0, 1, 2)[None])
-            array: Half = latents[0].transpose(0, 1).float().cpu().numpy().astype(np.float16)
-            return array
+    def encoded(i: int) -> Half:
+        frames = torch.from_numpy(data.frames[i].copy()).to(device).float() / 127.5 - 1
+        with autocast(device, "auto"):
+            latents, _ = model.encode(frames.permute(3, 0, 1, 2)[None])
+        array: Half = latents[0].transpose(0, 1).float().cpu().numpy().astype(np.float16)
+        return array
 
-        cached_array(path, len(data), encoded, f"encode {root.name}")
-    kept: Half = np.load(path, mmap_mode="r")
-    return kept
+    return cached_array(
+        lambda n: root / ".cache" / f"latents-{data.key(n)}-{name}.npy",
+        len(data),
+        encoded,
+        f"encode {root.name}",
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def episodes(count: int, seed: int, T: int = 32, up: int = 0) -> EpisodeArrays:
         action_spec=fit_action_spec(ActionSpec(chunk=8), actions, states),
         env_id="PushCube-v1",
         instruction="push the cube",
-        key="table",
+        seeds=tuple(range(count)),
         numbers=np.arange(count),
     )
 

@@ -220,7 +220,7 @@ def test_a_wan_autoencoder_is_found_inside_a_world_model(tmp_path):
 def test_near_successes_can_be_left_out(push, make_episode):
     assert list(load_arrays(push).success) == [True, False, True, False, True, False]
     without = load_arrays(push, near_success=False)
-    assert list(without.numbers) == [0, 2, 3, 4] and without.key != load_arrays(push, 4).key
+    assert list(without.numbers) == [0, 2, 3, 4] and without.key() != load_arrays(push, 4).key()
     np.testing.assert_array_equal(without.frames[2], load_arrays(push).frames[3])
     assert not is_near_success(
         make_episode(0, "PushCube-v1", 8, True, {"perturbation_m": [[0, 0]]})
