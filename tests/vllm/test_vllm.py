@@ -53,7 +53,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     gap = (a - b).abs()
     off = (~(gap <= PARITY)).flatten(1).sum(1)  # not a number is off, too
     assert not off.any(), (
-        f"off by more than {PARITY}: { ({i: n for i, n in enumerate(off.tolist()) if n}) } "
+        f"off by more than {PARITY}: {({i: n for i, n in enumerate(off.tolist()) if n})} "
         f"(row: elements of {gap[0].numel()}), largest {gap.max():.2e}"
     )
 
