@@ -176,6 +176,8 @@ class EvaluateConfig:
     """Simulator seed of the first episode; from 3000000 on no training has seen any."""
     temperature: float = 0.0
     """Of the policy's sampling; 0 is greedy."""
+    coherence: float = 0.0
+    """Correlation of an action dimension's draws from step to step, as RL samples."""
     seed: int = 0
     """Of the policy's sampling and of the world's noise."""
     out: Path = Path("runs/evaluation.json")
@@ -205,6 +207,8 @@ class EvaluateConfig:
         for name in ("first_seed", "seed", "temperature"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 .. {2**31 - 1}")
+        if not 0 <= self.coherence < 1:
+            raise UserError(f"coherence is {self.coherence}; expected at least 0 and below 1")
         if self.env != WORLD:
             try:
                 task_preset(self.env)
@@ -217,7 +221,10 @@ def load_policy(config: EvaluateConfig) -> Policy:
     from worldloop.engine.policy.vla import VLAPolicy  # not needed to evaluate another one
 
     return VLAPolicy.from_pretrained(
-        config.policy, temperature=config.temperature, device=config.device
+        config.policy,
+        temperature=config.temperature,
+        coherence=config.coherence,
+        device=config.device,
     )
 
 

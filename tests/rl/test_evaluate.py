@@ -17,6 +17,7 @@ import pytest
 
 from worldloop import cli
 from worldloop.engine.policy.base import ReplayPolicy
+from worldloop.engine.policy.vla import VLAPolicy
 from worldloop.engine.rollout import RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.errors import UserError
@@ -267,6 +268,7 @@ def test_command_in_imagination(stand_ins: Path, tmp_path: Path) -> None:
         ({"held_frames": 0}, "held_frames is 0"),
         ({"rows": 0}, "rows is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"coherence": 1.0}, "coherence is 1.0; expected at least 0 and below 1"),
         ({"first_seed": -1}, "first_seed is -1"),
     ],
 )
@@ -293,6 +295,14 @@ def test_command_errors_are_one_line(
     assert len(told) == 1
     assert re.search(text, told[0])
     assert not out.exists()
+
+
+def test_the_policy_draws_as_told(tmp_path: Path) -> None:
+    make_random_policy(tmp_path / "policy")
+    config = EvaluateConfig(str(tmp_path / "policy"), temperature=0.35, coherence=0.95)
+    policy = module.load_policy(config)
+    assert isinstance(policy, VLAPolicy)
+    assert (policy.temperature, policy.coherence) == (0.35, 0.95)
 
 
 # ------------------------------------------------------------- real episodes
@@ -354,7 +364,7 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
 def make_random_policy(folder: Path) -> None:
     from worldloop.engine.policy.action_tokens import Statistics
     from worldloop.engine.policy.openvla_oft import OpenVLAOFT, tiny_config
-    from worldloop.engine.policy.vla import PolicyConfig, VLAPolicy
+    from worldloop.engine.policy.vla import PolicyConfig
 
     network = OpenVLAOFT(tiny_config(7, 24))
     network.init_weights(0)
