@@ -72,6 +72,9 @@ class WorldModelConfig:
     trained_steps: int = 0
     arm: ArmConfig | None = None
     """How commands become poses; None: the linear fit of the action spec."""
+    still_tolerance: float = 0.2
+    """Change of a decoded pixel, on the scale [-1,1], up to which it is shown as the start frame
+    has it (`engine.still`); 0: all pixels are the decoder's."""
 
     def __post_init__(self) -> None:
         for name, least in (("held_frames", 1), ("sink", 0), ("window", 1), ("trained_steps", 0)):
@@ -79,6 +82,8 @@ class WorldModelConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; must be at least {least}")
         if not 0 <= self.reward_threshold <= 1:
             raise UserError(f"reward_threshold is {self.reward_threshold}; expected 0 .. 1")
+        if not 0 <= self.still_tolerance <= 2:
+            raise UserError(f"still_tolerance is {self.still_tolerance}; expected 0 .. 2")
         spec, dit, reward, autoencoder = self.action_spec, self.dit, self.reward, self.autoencoder
         must_equal: list[tuple[str, object, str, object]] = [
             ("dit.action_dim", dit.action_dim, "action_spec.dim", spec.dim),

@@ -49,6 +49,7 @@ from worldloop.engine.sampler import (
     reference_sample,
     streaming_sample,
 )
+from worldloop.engine.still import keep_still, still_of
 from worldloop.engine.vae import Stream, WanVAE
 from worldloop.engine.world_config import PRESETS, WorldModelConfig
 from worldloop.engine.world_state import WorldState
@@ -175,8 +176,9 @@ class WorldModel(nn.Module):
             raise UserError(f"instructions has {len(rules)} entries for {B} start frames")
         # A copy: frames may be a read-only memory map.
         pixels = torch.from_numpy(frames[:, 0].copy()).to(self.device).permute(0, 4, 1, 2, 3)
-        latent, stream = self.autoencoder.encode(pixels.float() / 127.5 - 1)
-        _, stream = self.autoencoder.decode(latent, stream, only="last")
+        pixels = pixels.float() / 127.5 - 1
+        latent, stream = self.autoencoder.encode(pixels)
+        decoded, stream = self.autoencoder.decode(latent, stream, only="last")
         ring = None
         if self.streams:
             out = self.dit(latent, torch.zeros(B, device=self.device), observed_frames=1)
@@ -193,6 +195,7 @@ class WorldModel(nn.Module):
         return WorldState(
             ring=ring,
             decoder=Stream((), stream.decoder, stream.batch),
+            still=still_of(pixels[:, :, 0], decoded[:, :, 0]),
             last_latent=latent.float(),
             seeds=tuple(int(seed) for seed in seeds),
             poses=poses,
@@ -276,7 +279,7 @@ class WorldModel(nn.Module):
             clock = time.perf_counter()
             frames, decoder = None, state.decoder
             if commit or decode != "none":  # else nobody sees this chunk, and no other follows
-                frames, decoder = self._decode(latents, state.decoder, decode)
+                frames, decoder = self._decode(latents, state, decode)
             timer.add("decode", clock)
             last = latents[:, :, -1:]
         end = poses[:, -1]
@@ -377,14 +380,16 @@ class WorldModel(nn.Module):
         return sample[:, :, 1:], frames, observed.float()
 
     def _decode(
-        self, latents: Tensor, stream: Stream, decode: Decode
+        self, latents: Tensor, state: WorldState, decode: Decode
     ) -> tuple[Frames | None, Stream]:
         if decode == "none" and isinstance(self.autoencoder, LightVAE):
-            return None, stream  # nothing streams through a frame-wise decoder
+            return None, state.decoder  # nothing streams through a frame-wise decoder
         only: Literal["last"] | None = "last" if decode != "all" else None
-        pixels, after = self.autoencoder.decode(latents, stream, only=only)
+        pixels, after = self.autoencoder.decode(latents, state.decoder, only=only)
         if decode == "none":
             return None, after
+        if self.config.still_tolerance:
+            pixels = keep_still(pixels, state.still, self.config.still_tolerance)
         return _frames(to_uint8(pixels)), after
 
     # ------------------------------------------------------------ checkpoints

@@ -1,6 +1,7 @@
 """Where B imagined episodes stand: passed into `WorldModel.step` and handed back by it.
 
-Shape letters: B rows (episodes), C latent channels, h w latent sides, A action dim, T actions.
+Shape letters: B rows (episodes), C latent channels, H W pixels, h w latent sides, A action dim,
+T actions.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class WorldState:
 
     ring: KVRing | None
     decoder: Stream
+    still: Tensor  # [B,2,3,H,W] fp32 start frames, recorded and decoded (`engine.still`)
     last_latent: Tensor  # [B,C,1,h,w] fp32
     seeds: tuple[int, ...]  # noise seed of each row
     poses: npt.NDArray[np.float32]  # [B,A] pose after the last action
@@ -80,6 +82,7 @@ class WorldState:
             self,
             ring=None if self.ring is None else self.ring.select(rows),
             decoder=self.decoder.select(rows),
+            still=self.still.index_select(0, index),
             last_latent=self.last_latent.index_select(0, index),
             seeds=tuple(self.seeds[row] for row in rows),
             poses=self.poses[rows],
@@ -108,6 +111,7 @@ class WorldState:
             first,
             ring=KVRing.join(rings) if rings else None,
             decoder=Stream.cat([state.decoder for state in states]),
+            still=torch.cat([state.still for state in states]),
             last_latent=torch.cat([state.last_latent for state in states]),
             seeds=tuple(seed for state in states for seed in state.seeds),
             poses=np.concatenate([state.poses for state in states]),
@@ -136,7 +140,7 @@ class WorldState:
 
     def save(self, folder: PathLike) -> Path:
         """Write the state as one folder (safetensors and JSON); old or new, never a mixture."""
-        tensors = {"last_latent": self.last_latent}
+        tensors = {"last_latent": self.last_latent, "still": self.still}
         for name in ("poses", "past_actions", "high", "done", "threshold", "held_frames"):
             tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
         tensors |= {f"decoder.{i}": slot for i, slot in enumerate(self.decoder.decoder)}
@@ -197,6 +201,7 @@ class WorldState:
             return cls(
                 ring=ring,
                 decoder=Stream((), slots, len(seeds)),
+                still=tensors["still"].to(device),
                 last_latent=last,
                 seeds=seeds,
                 poses=tensors["poses"].numpy(),

@@ -36,7 +36,8 @@ def config_of(kind: str = "light", **changes) -> WorldModelConfig:
         action_layout="per_frame", learned_positions=(2, 2), prediction="sample",
     )  # fmt: skip
     reward = RewardConfig(channels, grid=(4, 4), token_width=16, token_out=8, hidden=16)
-    values = {"sink": 1, "window": 6, **changes}
+    # Noise is never still: a tolerance at which frames depend on the start frame all the same.
+    values = {"sink": 1, "window": 6, "still_tolerance": 1.0, **changes}
     return WorldModelConfig(**{
         "dit": dit, "reward": reward, "autoencoder": autoencoder, "action_spec": SPEC, **values,
     })  # fmt: skip

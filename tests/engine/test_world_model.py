@@ -5,6 +5,7 @@ Tolerances are relative L2 in fp32 unless a test says otherwise.
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from worldloop.engine import dit_layers
 from worldloop.engine.sampler import STREAMING_TIMES, derive_seed, noise_for, reference_sample
+from worldloop.engine.still import keep_still, still_of
 from worldloop.engine.world_config import Calibration, TaskRecord
 from worldloop.engine.world_model import (
     WorldModel,
@@ -239,7 +241,7 @@ def test_changing_decode_between_chunks_changes_no_frame(small):
 
 
 def test_frames_are_those_of_one_decode_of_the_whole_clip(small):
-    world = small.world_of("wan")
+    world = small.world_of("wan", still_tolerance=0.0)
     frames = small.frames_of(2)
     inputs = (frames, small.poses_of(2), small.actions_of(2, 24), (1, 2))
     chunks, latents, _ = small.generate(world, *inputs)
@@ -250,6 +252,48 @@ def test_frames_are_those_of_one_decode_of_the_whole_clip(small):
     expected = ((whole + 1) * 127.5).permute(0, 2, 3, 4, 1).numpy()[:, 1:]
     made = np.concatenate([c.frames for c in chunks], 1)[:, :, 0]
     assert np.abs(made - expected).max() < 0.501
+
+
+def test_what_is_still_keeps_its_recorded_pixels():
+    """Of two frames, the second with a square that the start frame's decoding has not."""
+    generator = torch.Generator().manual_seed(0)
+    recorded, lost = 2 * torch.rand(2, 2, 3, 16, 16, generator=generator) - 1
+    decoded = recorded + 0.3 * lost
+    pixels = decoded[:, :, None].repeat(1, 1, 2, 1, 1)
+    pixels[:, 1:, 1, 4:8, 4:8] += 1.5  # two of three channels
+    shown = keep_still(pixels, still_of(recorded, decoded), 0.2)
+    torch.testing.assert_close(shown[:, :, 0], recorded)
+    torch.testing.assert_close(shown[:, :, 1, 5:7, 5:7], pixels[:, :, 1, 5:7, 5:7])
+    torch.testing.assert_close(shown[:, :, 1, 10:], recorded[:, :, 10:])
+    share = math.exp(-((0.1 / 0.2) ** 2))
+    faded = keep_still(pixels[:, :, :1] + 0.1, still_of(recorded, decoded), 0.2)
+    mixed = share * recorded[:, :, None] + (1 - share) * (pixels[:, :, :1] + 0.1)
+    torch.testing.assert_close(faded, mixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_are_one_decode_of_the_clip_with_what_is_still(small, kind):
+    inputs = (small.frames_of(2), small.poses_of(2), small.actions_of(2, 16), (1, 2))
+    made = {}
+    for tolerance in (0.0, 0.2, 2.0):
+        world = small.world_of(kind, still_tolerance=tolerance)
+        chunks, latents, state = small.generate(world, *inputs)
+        made[tolerance] = np.concatenate([c.frames for c in chunks], 1)[:, :, 0].astype(float)
+    start = inputs[0][:, 0].astype(float)
+    near = {t: np.abs(frames - start).mean() for t, frames in made.items()}
+    assert near[2.0] < near[0.2] < near[0.0]
+    with torch.no_grad():
+        pixels = torch.from_numpy(inputs[0][:, 0]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        first, _ = world.autoencoder.encode(pixels)
+        clip, _ = world.autoencoder.decode(torch.cat([first, *latents], 2))
+    expected = keep_still(clip[:, :, 1:], still_of(pixels[:, :, 0], clip[:, :, 0]), 2.0)
+    expected = ((expected + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 4, 1).numpy()
+    assert np.abs(made[2.0] - expected).max() < 0.501
+
+
+def test_a_tolerance_out_of_range_is_named(small):
+    with pytest.raises(UserError, match=r"still_tolerance is 3\.0; expected 0 \.\. 2"):
+        small.config_of(still_tolerance=3.0)
 
 
 # ---------------------------------------------------------------- reference
