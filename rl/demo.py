@@ -70,8 +70,8 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     count: int | None = None
     """Use only the first episodes."""
-    steps: Literal[1, 2, 4] = 4
-    """Denoising steps of the streaming sampler."""
+    steps: Literal[1, 2, 4] = 1
+    """Denoising steps of the streaming sampler; `tiny` is best in one (docs/training.md)."""
     seed: int = 0
     threads: int = 2
     reference_batch: int = 4

@@ -35,7 +35,7 @@ class ReportConfig:
     """Start states of the first and the last policy."""
     curve_episodes: int = 100
     """Start states of the curve, for every policy the first ones of the same list."""
-    first_seed: int = 3_000_000
+    first_seed: int = 6_000_000
     horizon: int = 72
     processes: int = 2
     out: Path = Path("runs/grpo-report/grpo.json")

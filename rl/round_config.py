@@ -71,8 +71,8 @@ class RoundConfig:
     place of those of SANS."""
     evaluations: int = 200
     """Start states of every evaluation."""
-    evaluation_seed: int = 3_000_000
-    """Simulator seed of the first of them; from 3000000 on no training has seen any."""
+    evaluation_seed: int = 6_000_000
+    """Simulator seed of the first of them; from 6000000 on no shipped weights have seen any."""
     seed: int = 0
     fine_tune: FineTune = field(default_factory=FineTune)
     grpo: GRPOConfig = replace(

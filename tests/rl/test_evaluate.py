@@ -74,7 +74,7 @@ def test_the_simulator_whatever_the_rows(
     point_sim: type[PointSim], drawing_policy: type[DrawingPolicy]
 ) -> None:
     spec = ActionSpec(chunk=8)
-    starts = [3_000_000 + i for i in range(11)]
+    starts = [6_000_000 + i for i in range(11)]
     results, calls = [], []
     for num_envs in (1, 3):
         env = SimulatorVectorEnv(
@@ -207,8 +207,8 @@ def test_command_writes_every_outcome(
     assert cli.main([*argv, "--rows", "2", "--threads", "1"]) == 0
     told = json.loads(out.read_text())
     assert told["config"]["policy"] == str(stand_ins)
-    assert told["config"]["first_seed"] == 3_000_000
-    assert told["starts"] == list(range(3_000_000, 3_000_006))
+    assert told["config"]["first_seed"] == 6_000_000
+    assert told["starts"] == list(range(6_000_000, 6_000_006))
     line = capsys.readouterr().out
     assert f"{told['successes']} of 6 episodes succeed" in line and "95 % interval" in line
     assert len(point_sim.made) == 2
