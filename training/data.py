@@ -2,8 +2,8 @@
 
 The cache lies in the dataset's folder under ``.cache``; its name holds the number of episodes and
 a hash of their seeds, so a dataset that has grown gets a new one, made from the old one and the new
-episodes. Several datasets can be read as
-one mixture: they then share one action spec, fitted on all of them.
+episodes. Several datasets can be read as one mixture: they then share one action spec, fitted on
+all of them.
 """
 
 from __future__ import annotations
