@@ -27,6 +27,26 @@ HAS_NATIVE = (
     and worldloop.native.worldloop_bf16_abi() == ABI  # 0 on a processor without the instructions
 )
 
+
+def _choose_mkl_kernels() -> None:
+    """One number through each elementwise function that MKL computes, in one thread.
+
+    MKL 2024.2, which torch carries on x86, chooses a function's kernel in its first call. Where two
+    threads make that at once, one of them may compute its part of that call with the coarsest
+    kernel: half of all cosines off by 1e-4, once in a process (pytorch/pytorch#188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        half = torch.full((1,), 0.5, dtype=dtype, device="cpu")
+        for function in (
+            torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv,
+            torch.exp, torch.log, torch.log10, torch.log2, torch.sin, torch.sqrt, torch.tan,
+            torch.tanh, torch.trunc,
+        ):  # fmt: skip
+            function(half)
+
+
+_choose_mkl_kernels()
+
 _LEAST_WORK = 1e7  # FLOPs that are worth another thread: it takes about 50 us to wake
 
 
