@@ -24,6 +24,7 @@ from worldloop.cli import parse_config
 from worldloop.engine.policy.base import Observation, Policy
 from worldloop.engine.policy.scripted import perturbation, scripted_policy
 from worldloop.engine.policy.scripts.common import Perturbation, aimed
+from worldloop.engine.policy.scripts.wander import Wander
 from worldloop.engine.policy.vla import TEMPERATURE, VLAPolicy
 from worldloop.engine.sampler import derive_seed
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
@@ -42,6 +43,7 @@ SETTLED = 8  # last steps over which the success flag must not change
 EXPERT_STYLE = 0.15  # share of each range of styles that an expert's hand uses
 # Reasons that are the script's own; what could not be begun or seen is not.
 FAILED = ("arm frozen", "outcome not settled", "other outcome")
+WANDER = "wander"  # in the place of a policy's name
 TRIES = 40  # attempts at the wanted outcome before a seed is given up
 
 
@@ -65,7 +67,8 @@ class CollectConfig:
     expert: bool = False
     """Demonstrations for a policy: scripted successes of one steady style, aimed at the object."""
     policy: str | None = None
-    """Roll this policy out instead of the scripted one (checkpoint folder or shipped name)."""
+    """Roll this policy out instead of the scripted one (checkpoint folder or shipped name);
+    "wander": a hand that goes to random places, so that a world model sees more than tasks do."""
     temperature: float = TEMPERATURE
     """Of that policy's sampling."""
     coherence: float = 0.0
@@ -291,7 +294,7 @@ class Collector:
         )
         self.writer = EpisodeWriter(config.out, meta, config.crf)
         self.policy: VLAPolicy | None = None
-        if config.policy is not None:
+        if config.policy not in (None, WANDER):
             self.policy = VLAPolicy.from_pretrained(
                 config.policy, temperature=config.temperature, coherence=config.coherence,
                 device=config.device,
@@ -307,13 +310,8 @@ class Collector:
 
     def episode(self, seed: int) -> Episode | None:
         """The episode of a seed, or None where its wanted outcome is not to be had."""
-        if self.policy is not None:
-            record = {
-                "policy": self.config.policy,
-                "temperature": self.config.temperature,
-                "coherence": self.config.coherence,
-            }
-            rolled = policy_episode(self.env, self.policy, seed, self.config.horizon, record)
+        if self.config.policy is not None:
+            rolled = self._rolled(seed)
             self.tries, self.kept = self.tries + 1, self.kept + 1
             self.successes += int(rolled.success)
             return rolled
@@ -332,6 +330,16 @@ class Collector:
                 return replace(episode, info={**episode.info, **tried})
             rejected[episode] += 1
         return None
+
+    def _rolled(self, seed: int) -> Episode:
+        """The episode of a seed by the policy that was named."""
+        config, policy = self.config, self.policy
+        record: dict[str, Any] = {"policy": config.policy}
+        if policy is not None:
+            record |= {"temperature": config.temperature, "coherence": config.coherence}
+            return policy_episode(self.env, policy, seed, config.horizon, record)
+        gripper = float(np.random.default_rng([seed, 997]).choice([-1.0, 1.0]))
+        return policy_episode(self.env, Wander(gripper), seed, config.horizon, record)
 
     def add(self, shard: list[Episode]) -> int:
         """Write what is still wanted of a shard; return how many episodes the dataset holds."""

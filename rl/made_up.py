@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from worldloop.engine.policy.base import Observation, Policy, PolicyAction, ReplayPolicy
-from worldloop.engine.sampler import derive_seed
+from worldloop.engine.policy.base import Policy, ReplayPolicy
+from worldloop.engine.policy.scripts.wander import REACH, Wander
 from worldloop.episodes import DatasetMeta, EpisodeDataset, EpisodeWriter
 from worldloop.errors import UserError
 from worldloop.files import disk_error
@@ -32,10 +32,6 @@ from worldloop.types import ActionSpec, Episode
 
 Float = npt.NDArray[np.float32]
 KINDS = ("there and back", "oscillations", "detour, then the task", "the task, disturbed")
-REACH = 0.038  # metres that a full command moves the hand in the end (ManiSkill's controller)
-# Metres in which a wandering hand stays, above what stands for the table.
-BOX = ((-0.12, 0.10), (-0.12, 0.12), (0.03, 0.15))
-TABLE = 0.9  # of LIBERO's scenes with one (rl/envs/tasks.py); elsewhere it is at 0
 
 
 def made_up(kind: str, recorded_TA: Float, rng: np.random.Generator) -> Float:
@@ -69,29 +65,6 @@ def made_up(kind: str, recorded_TA: Float, rng: np.random.Generator) -> Float:
     else:
         raise UserError(f"kind is {kind!r}; one of {', '.join(KINDS)}")
     return np.clip(actions, -1, 1)
-
-
-class Wander:
-    """Goes to one random place after another, a chunk each; the gripper stays as it is."""
-
-    reads_frames = False
-
-    def __init__(self, gripper: float, spec: ActionSpec | None = None, table: float = 0.0) -> None:
-        self.gripper, self.action_spec, self.table = gripper, spec or ActionSpec(), table
-
-    def act(self, observation: Observation, seed: int) -> PolicyAction:
-        spec, low, high = self.action_spec, *np.array(BOX).T
-        rows = []
-        for row, episode in enumerate(observation.episodes):
-            goal = np.random.default_rng(derive_seed(seed, episode)).uniform(low, high)
-            goal[2] += self.table
-            actions = np.zeros((spec.chunk, spec.dim), np.float32)
-            # Three quarters of the time on the way, the rest to arrive.
-            n = max(1, 3 * spec.chunk // 4)
-            actions[:n, :3] = (goal - observation.poses[row, :3]) / REACH / n
-            actions[:, 6:] = self.gripper
-            rows.append(np.clip(actions, -1, 1))
-        return PolicyAction(np.stack(rows))
 
 
 def simulate(
@@ -139,7 +112,7 @@ def _digest(policy: Policy) -> str:
     if isinstance(policy, ReplayPolicy):
         return hashlib.sha256(policy.actions.tobytes()).hexdigest()
     assert isinstance(policy, Wander)
-    return f"wander {policy.gripper}" + (f" above {policy.table}" if policy.table else "")
+    return f"wander {policy.gripper}"
 
 
 def _sim_seed(episode: Episode, where: Path) -> int:
@@ -165,7 +138,6 @@ def long_episodes(held_out: HeldOut, count: int, frames: int, folder: Path) -> E
     plays: list[tuple[Policy, int, str]] = []
     for i in range(count):
         episode = held_out.episodes[i % len(held_out.episodes)]
-        table = TABLE if episode.states[0, 2] > TABLE else 0.0  # the hand begins above it
-        wander = Wander(float(episode.actions[0, 6]), table=table)
+        wander = Wander(float(episode.actions[0, 6]))
         plays.append((wander, _sim_seed(episode, held_out.folder), "wander"))
     return simulate(folder, held_out, plays, -(-frames // chunk) * chunk)

@@ -180,6 +180,22 @@ def test_a_policy_s_episodes_are_kept_as_they_end(flat: type[FlatWorld], tmp_pat
         collect(config(tmp_path / "c", episodes=1, policy=str(other_chunk), horizon=24))
 
 
+def test_a_wandering_hand_can_be_collected(flat: type[FlatWorld], tmp_path: Path) -> None:
+    """To another place in each chunk, gripper as it was, the same from the same seed."""
+    options = {"episodes": 6, "policy": "wander", "horizon": 48}
+    dataset = collect(config(tmp_path / "a", **options))
+    again = collect(config(tmp_path / "b", **{**options, "shard": 1}))
+    grippers = set()
+    for episode, other in zip(dataset.stream(), again.stream(), strict=True):
+        np.testing.assert_array_equal(episode.actions, other.actions)
+        assert len(episode.actions) == 48 and episode.info["policy"] == "wander"
+        (gripper,) = set(episode.actions[:, 6])
+        grippers.add(float(gripper))
+        for chunk in (episode.states[:25, :3], episode.states[24:, :3]):
+            assert np.linalg.norm(chunk[-1] - chunk[0]) > 0.01
+    assert grippers == {-1.0, 1.0}
+
+
 def test_wanted_outcomes_do_not_follow_the_seed() -> None:
     wanted = np.array([wanted_outcome(seed, 0.5) for seed in range(2000)])
     assert abs(wanted.mean() - 0.5) < 0.04

@@ -13,6 +13,7 @@ import torch
 
 from worldloop import cli, hub
 from worldloop.engine.policy.base import Observation
+from worldloop.engine.policy.scripts.wander import BOX, REACH, Wander
 from worldloop.engine.rollout import ReplayPolicy, RolloutEngine
 from worldloop.engine.world_model import WorldModel
 from worldloop.episodes import DatasetMeta, EpisodeWriter
@@ -22,7 +23,7 @@ from worldloop.outcome import OutcomeClassifier, OutcomeNet
 from worldloop.rl import evaluate_world as module
 from worldloop.rl.evaluate_world import EvaluateWorldConfig, Evaluation
 from worldloop.rl.held_out import load_held_out
-from worldloop.rl.made_up import BOX, KINDS, REACH, Wander, made_up, novel_episodes
+from worldloop.rl.made_up import KINDS, made_up, novel_episodes
 from worldloop.rl.world_tables import on_recorded, thinned
 from worldloop.types import ActionSpec, Episode
 
