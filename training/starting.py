@@ -141,13 +141,14 @@ def arm_of(
     if spec.kind != "delta_pose" or (config.arm_steps == 0 and not known):
         return None
     if workers.rank == 0 and not (folder / "config.json").is_file():
-        candidates = {}
+        candidates, head = {}, None
         if known:
             assert base is not None and base.arm is not None and start is not None
             candidates["that of init"] = Arm(base.arm)
             load_into(candidates["that of init"], start["arm"], f"{config.init} (arm)")
+            head = candidates["that of init"].object_head
         if config.arm_steps:
-            head = _object_head(config, parts, latents)
+            head = _object_head(config, parts, latents, head)
             candidates["fitted"] = fit_arm(
                 parts, config.held_out, config.arm_steps, config.seed, head
             )
@@ -177,11 +178,17 @@ def arm_of(
 
 
 def _object_head(
-    config: WorldModelTraining, parts: Sequence[EpisodeArrays], latents: Sequence[npt.NDArray[Any]]
+    config: WorldModelTraining,
+    parts: Sequence[EpisodeArrays],
+    latents: Sequence[npt.NDArray[Any]],
+    known: ObjectHead | None,
 ) -> ObjectHead | None:
-    """Fitted where all recordings say where their objects are; None where it reads them badly."""
-    if not config.object_head_steps or any(part.objects is None for part in parts):
+    """Fitted, or the known one where no steps are asked for; None where it reads objects badly, or
+    where not all recordings say where they are, which the arm is fitted with."""
+    if any(part.objects is None for part in parts):
         return None
+    if not config.object_head_steps:
+        return known
     head, off = fit_object_head(
         parts, latents, config.held_out, config.object_head_steps, config.seed
     )

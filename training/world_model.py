@@ -122,7 +122,8 @@ class WorldModelTraining(TrainingOptions):
     that of `init`, or the linear fit of the action spec."""
     object_head_steps: int = 0
     """Steps of fitting what reads from latents where the object is, for the arm to see; needs
-    recordings that say it, is left out where it misreads held-out ones by a centimetre; 0: none."""
+    recordings that say it, is left out where it misreads held-out ones by a centimetre; 0: that of
+    `init`, or none."""
     pose_head_steps: int = 4000
     """Steps of fitting what reads the hand's pose from latents at the end of each chunk, which is
     left out where held-out episodes end nearer without; 0: none, or that of `init`'s kept arm."""

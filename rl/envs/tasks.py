@@ -64,10 +64,9 @@ class TaskPreset:
 # From the side and above: pushes run across the picture and the hand never hides the object.
 SIDE = CameraPreset("side_close", (0.06, 0.50, 0.62), (0.06, 0.02, 0.02), 0.60)
 PULL = CameraPreset("side_pull", (-0.11, 0.74, 0.92), (-0.11, 0.0, 0.02), 0.40)
-# From the front: the fingers close across the picture, and a miss on either side of the cube is
-# seen (from the side it was along the line of sight). Flat enough that a cube behind the other
-# does not look like one on top of it.
-STACK = CameraPreset("front_stack", (0.72, 0.0, 0.60), (0.0, 0.0, 0.03), 0.42)
+# From farther away with a longer lens: both cubes keep their size all over the table. Flatter, so
+# that a cube behind the other does not look like one on top of it.
+STACK = CameraPreset("side_stack", (0.0, 0.76, 0.46), (0.0, 0.0, 0.05), 0.44)
 LIFT = CameraPreset("side_lift", (-0.05, 0.74, 0.46), (-0.05, 0.02, 0.12), 0.59)
 POKE = CameraPreset("above_poke", (0.18, 0.45, 1.00), (0.18, 0.0, 0.0), 0.42)
 # From the front: the fingers close from the sides and leave what they hold to be seen.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from worldloop.checkpoint import load_training_state
+from worldloop.engine.arm import HeadConfig, ObjectHead
 from worldloop.engine.dit import DiT
 from worldloop.engine.dit_config import DiTConfig
 from worldloop.engine.formats.cosmos import save_cosmos
@@ -137,6 +138,18 @@ def test_of_two_arms_the_one_that_ends_nearer_is_kept(
         kept = WorldModel.from_pretrained(world_model.train(config)).arm
         torch.testing.assert_close(kept.linear, good.linear)
         assert f"kept: {name}" in capsys.readouterr().out
+
+
+def test_an_arm_keeps_the_object_head_of_init_where_recordings_have_objects(
+    push, autoencoder, tmp_path
+):
+    config, part = training((push,), autoencoder, tmp_path / "a", arm_steps=2), load_arrays(push)
+    head = ObjectHead(HeadConfig())
+    assert starting._object_head(config, [part], [], head) is None
+    seen = np.zeros((len(part), part.states.shape[1], 1, 7), np.float32)
+    seeing = dataclasses.replace(part, objects=seen)
+    assert starting._object_head(config, [seeing], [], head) is head
+    assert starting._object_head(config, [seeing, part], [], head) is None
 
 
 def test_episodes_begin_later_too_but_are_never_watched_there(push, stack, autoencoder, tmp_path):
