@@ -334,19 +334,19 @@ def test_detector_and_classifier_on_shipped_real_episodes() -> None:
 
 
 def test_shipped_world_imagines_what_happened() -> None:
-    """Every third shipped episode, with the bounds that `worldloop demo` is held to."""
+    """The bounds that `worldloop demo` is held to, on its episodes: a third of them may lie three
+    points of the cube's track below all."""
     world = WorldModel.from_pretrained("tiny")
     held_out = load_held_out(shipped_episodes(), None, world)
-    chosen = dataclasses.replace(held_out, episodes=held_out.episodes[::3])
-    engine = RolloutEngine(world, ReplayPolicy(chosen.actions, world.action_spec), steps=1)
-    rollout = engine.rollout(chosen.starts, horizon=72, decode="all")
+    engine = RolloutEngine(world, ReplayPolicy(held_out.actions, world.action_spec), steps=1)
+    rollout = engine.rollout(held_out.starts, horizon=72, decode="all")
     assert rollout.frames is not None
-    real = np.stack([one.frames for one in chosen.episodes])
+    real = np.stack([one.frames for one in held_out.episodes])
     imagined = rollout.frames[:, 1:, 0]
     static = np.repeat(real[:, :1], 72, 1)
     quality = psnr(real[:, 1:], imagined).mean()
     assert quality >= max(24.0, psnr(real[:, 1:], static).mean() + 3)
-    true = np.array([one.success for one in chosen.episodes])
+    true = np.array([one.success for one in held_out.episodes])
     assert (rollout.success == true).mean() >= 0.8
-    track = object_within(real[:, 1:], imagined, 4.0, chosen.object_color)
+    track = object_within(real[:, 1:], imagined, 4.0, held_out.object_color)
     assert track.share >= 0.75
